@@ -1,0 +1,1 @@
+"""The command line, the demo stack and its workload: thin glue over `folovllm`, `flexkv` and `kvrouter`."""
