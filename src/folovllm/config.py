@@ -1,0 +1,310 @@
+"""Configuration: flat `EngineArgs` as users write them, resolved once into the nested `EngineConfig`.
+
+The nested names are vLLM's (vllm/config), so that a KV connector written for it reads ours too.
+"""
+
+import difflib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import msgspec
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from folovllm.errors import ConfigError, ModelLoadError
+
+AttentionBackendName = Literal["auto", "torch_naive", "torch_sdpa"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_KV_CACHE_GB = 1.0
+
+
+class KVTransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which KV connector to load; the JSON vLLM takes as --kv-transfer-config."""
+
+    kv_connector: str
+    kv_role: Literal["kv_both", "kv_producer", "kv_consumer"] = "kv_both"
+    kv_connector_module_path: str | None = None
+    kv_connector_extra_config: dict[str, Any] = {}
+    kv_load_failure_policy: Literal["recompute", "fail"] = "recompute"
+    engine_id: str = ""
+
+
+class KVEventsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whether and where KV events are published; the JSON vLLM takes as --kv-events-config."""
+
+    enable_kv_cache_events: bool = True
+    publisher: Literal["zmq", "null"] = "zmq"
+    endpoint: str = "tcp://*:5557"
+    replay_endpoint: str | None = None
+    topic: str = ""
+    buffer_steps: int = 10_000
+    hwm: int = 100_000
+    max_queue_size: int = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """How many ranks share the model, and which data-parallel replica this is."""
+
+    tensor_parallel_size: int = 1
+    data_parallel_rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The checkpoint and what follows from its config.json."""
+
+    model: str
+    """Directory of the checkpoint, local by the time this exists."""
+    served_model_name: str
+    hf_config: PretrainedConfig
+    dtype: torch.dtype
+    max_model_len: int
+    seed: int
+    skip_tokenizer_init: bool
+
+    def get_num_layers(self, parallel_config: ParallelConfig) -> int:
+        """Decoder layers on one rank."""
+        return int(self.hf_config.num_hidden_layers)
+
+    def get_num_attention_heads(self, parallel_config: ParallelConfig) -> int:
+        """Query heads on one rank."""
+        return int(self.hf_config.num_attention_heads) // parallel_config.tensor_parallel_size
+
+    def get_num_kv_heads(self, parallel_config: ParallelConfig) -> int:
+        """Key/value heads on one rank."""
+        return int(self.hf_config.num_key_value_heads) // parallel_config.tensor_parallel_size
+
+    def get_head_size(self) -> int:
+        """Elements of one head; not always hidden_size / num_attention_heads."""
+        explicit = getattr(self.hf_config, "head_dim", None)
+        return int(explicit or self.hf_config.hidden_size // self.hf_config.num_attention_heads)
+
+    def get_vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return int(self.hf_config.vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The paged KV cache on the device."""
+
+    block_size: int
+    """Tokens of one block."""
+    num_kv_blocks: int
+    """Blocks of the pool, the null block included."""
+    enable_prefix_caching: bool
+    prefix_caching_hash_algo: str = "sha256_cbor"
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_chunked_prefill: bool
+    policy: Literal["fcfs"] = "fcfs"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything the engine was told, resolved and checked. The counterpart of vLLM's VllmConfig."""
+
+    model_config: ModelConfig
+    cache_config: CacheConfig
+    scheduler_config: SchedulerConfig
+    parallel_config: ParallelConfig
+    device: torch.device
+    attention_backend: AttentionBackendName
+    kv_transfer_config: KVTransferConfig | None
+    kv_events_config: KVEventsConfig | None
+    num_threads: int | None
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one block over all layers on one rank: 2 (K, V) x layers x heads x tokens x head size."""
+        model, parallel = self.model_config, self.parallel_config
+        elements = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
+        return 2 * elements * self.cache_config.block_size * model.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineArgs:
+    """Options as users write them: keyword arguments of `LLM`, flags of `kvstrata serve`."""
+
+    model: str
+    """Local directory, or a Hugging Face hub id."""
+    served_model_name: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    """Blocks of the device pool; else `kv_cache_memory_gb` decides."""
+    kv_cache_memory_gb: float | None = None
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    attention_backend: AttentionBackendName = "auto"
+    seed: int = 0
+    skip_tokenizer_init: bool = False
+    num_threads: int | None = None
+    """Threads of the model's arithmetic on a CPU; None leaves torch's own choice."""
+    kv_transfer_config: KVTransferConfig | dict[str, Any] | None = None
+    kv_events_config: KVEventsConfig | dict[str, Any] | None = None
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> "EngineArgs":
+        """Build from keyword arguments.
+
+        Raises:
+            ConfigError: an unknown option; the message suggests the nearest known one.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"
+                raise ConfigError(f"unknown engine option {name!r}; {hint}")
+        return cls(**options)
+
+    def resolve(self) -> EngineConfig:
+        """Read the checkpoint's config.json and decide every derived value.
+
+        Raises:
+            ConfigError: an option is out of its range.
+            ModelLoadError: the checkpoint has no readable config.json.
+        """
+        self._check_ranges()
+        directory = resolve_checkpoint(self.model)
+        hf_config = _load_hf_config(directory)
+        context = int(hf_config.max_position_embeddings)
+        if self.max_model_len is not None and self.max_model_len > context:
+            raise ConfigError(f"max_model_len={self.max_model_len} exceeds the model's context of {context} tokens")
+        device = _resolve_device(self.device)
+        model_config = ModelConfig(
+            model=str(directory),
+            served_model_name=self.served_model_name or self.model,
+            hf_config=hf_config,
+            dtype=_resolve_dtype(self.dtype, hf_config),
+            max_model_len=self.max_model_len or context,
+            seed=self.seed,
+            skip_tokenizer_init=self.skip_tokenizer_init,
+        )
+        parallel_config = ParallelConfig()
+        config = EngineConfig(
+            model_config=model_config,
+            cache_config=CacheConfig(self.block_size, 0, self.enable_prefix_caching),
+            scheduler_config=SchedulerConfig(
+                self.max_num_seqs, self._token_budget(model_config.max_model_len), self.enable_chunked_prefill
+            ),
+            parallel_config=parallel_config,
+            device=device,
+            attention_backend=self.attention_backend,
+            kv_transfer_config=_convert("kv_transfer_config", self.kv_transfer_config, KVTransferConfig),
+            kv_events_config=_convert("kv_events_config", self.kv_events_config, KVEventsConfig),
+            num_threads=self.num_threads,
+        )
+        return _with_kv_blocks(config, self._num_kv_blocks(config.kv_block_bytes))
+
+    def _token_budget(self, max_model_len: int) -> int:
+        # Without chunking a prompt runs in one step, so the budget must hold the longest one.
+        return (
+            self.max_num_batched_tokens
+            if self.enable_chunked_prefill
+            else max(self.max_num_batched_tokens, max_model_len)
+        )
+
+    def _num_kv_blocks(self, block_bytes: int) -> int:
+        if self.num_kv_blocks is not None:
+            return self.num_kv_blocks
+        return max(2, int((self.kv_cache_memory_gb or DEFAULT_KV_CACHE_GB) * 2**30) // block_bytes)
+
+    def _check_ranges(self) -> None:
+        for f in fields(self):
+            allowed = get_args(f.type)
+            value = getattr(self, f.name)
+            if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
+                raise ConfigError(f"{f.name}={value!r} is not allowed; it must be one of {', '.join(allowed)}")
+        positive = (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "max_model_len",
+            "kv_cache_memory_gb",
+            "num_threads",
+        )
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name}={value!r} is not allowed; it must be positive")
+        if self.num_kv_blocks is not None and self.num_kv_blocks < 2:
+            raise ConfigError(f"num_kv_blocks={self.num_kv_blocks} is not allowed; it must be at least 2")
+
+
+def resolve_checkpoint(model: str) -> Path:
+    """The local directory of a checkpoint, downloaded from the Hugging Face hub when `model` is not a path.
+
+    Raises:
+        ModelLoadError: neither a directory nor an obtainable hub id.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or path.exists()
+    if looks_like_path:
+        raise ModelLoadError(
+            f"model {model!r} is not a directory; give a checkpoint directory or a hub id like org/name"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelLoadError(
+            f"model {model!r} is neither a local directory nor obtainable from the hub: {error}"
+        ) from error
+
+
+def _load_hf_config(directory: Path) -> PretrainedConfig:
+    if not (directory / "config.json").is_file():
+        raise ModelLoadError(f"{directory} holds no config.json; is it a Hugging Face checkpoint?")
+    try:
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(directory))
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelLoadError(f"{directory / 'config.json'} cannot be read: {error}") from error
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda' is not available here; use 'cpu' or 'auto'")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def _resolve_dtype(dtype: str, hf_config: PretrainedConfig) -> torch.dtype:
+    if dtype != "auto":
+        return DTYPES[dtype]
+    stored = getattr(hf_config, "dtype", None) or torch.float32
+    stored = DTYPES[stored] if isinstance(stored, str) else stored
+    assert isinstance(stored, torch.dtype)
+    return stored
+
+
+def _convert(name: str, value: Any, kind: type[Any]) -> Any:
+    if value is None or isinstance(value, kind):
+        return value
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        allowed = ", ".join(kind.__struct_fields__)
+        raise ConfigError(f"{name} is not valid: {error}; known keys: {allowed}") from error
+
+
+def _with_kv_blocks(config: EngineConfig, num_kv_blocks: int) -> EngineConfig:
+    return replace(config, cache_config=replace(config.cache_config, num_kv_blocks=num_kv_blocks))

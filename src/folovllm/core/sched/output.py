@@ -1,0 +1,70 @@
+"""What the scheduler tells the model runner, and what it hears back. Mirrors vllm/v1/core/sched/output.py."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from folovllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequestData:
+    """A request the runner has not seen (or has forgotten): everything it needs to hold a row for it."""
+
+    req_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    block_ids: list[int]
+    """The request's whole block table, in token order."""
+    num_computed_tokens: int
+    """Tokens whose KV is already in the blocks (prefix hit, or loaded by the connector)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedRequestData:
+    """A request the runner already holds a row for.
+
+    `resumed_from_preemption`: `block_ids` replaces the row's block table; otherwise it is appended.
+    """
+
+    req_id: str
+    resumed_from_preemption: bool
+    all_token_ids: list[int] | None
+    """Prompt and output tokens, only when resumed; else the runner already knows them (it sampled them)."""
+    block_ids: list[int]
+    num_computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step. Filled by `Scheduler.schedule`, read by the model runner and by the KV connector."""
+
+    scheduled_new_reqs: list[NewRequestData]
+    scheduled_cached_reqs: list[CachedRequestData]
+    num_scheduled_tokens: dict[str, int]
+    """Request id -> tokens to compute in this step; the token budget is shared by prefills and decodes."""
+    total_num_scheduled_tokens: int
+    finished_req_ids: set[str]
+    """Finished since the last step: the runner drops their rows."""
+    preempted_req_ids: set[str]
+    """Preempted in this step: the runner drops their rows, they come back as resumed."""
+    kv_connector_metadata: Any = None
+    """Opaque to all but the connector's worker half."""
+
+
+@dataclass(slots=True)
+class KVConnectorOutput:
+    """What the worker half of the connector reports after a step."""
+
+    finished_sending: set[str] = field(default_factory=set)
+    finished_recving: set[str] = field(default_factory=set)
+    invalid_block_ids: set[int] = field(default_factory=set)
+    """Device blocks whose load failed: their tokens are recomputed."""
+    kv_connector_stats: Any = None
+
+
+@dataclass(slots=True)
+class ModelRunnerOutput:
+    """One step's result: at most one sampled token per request; partial prefills sample none."""
+
+    sampled_token_ids: dict[str, list[int]]
+    kv_connector_output: KVConnectorOutput | None = None
