@@ -17,6 +17,8 @@ class NewRequestData:
     """The request's whole block table, in token order."""
     num_computed_tokens: int
     """Tokens whose KV is already in the blocks (prefix hit, or loaded by the connector)."""
+    eos_token_ids: tuple[int, ...] = ()
+    """End-of-sequence tokens, which `min_tokens` masks together with the stop tokens."""
 
 
 @dataclass(frozen=True, slots=True)
