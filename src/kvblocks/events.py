@@ -135,7 +135,7 @@ def decode_batch_lenient(payload: bytes | memoryview) -> tuple[KVEventBatch, lis
             events.append(_decode_event(raw))
         except _UnknownTypeError as error:
             rejected.append(RejectedEvent(index, "unknown_type", str(error)))
-        except (msgspec.MsgspecError, ValueError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             rejected.append(RejectedEvent(index, "malformed", str(error)))
     return KVEventBatch(batch.ts, events, batch.data_parallel_rank), rejected
 
@@ -183,7 +183,7 @@ def _decode_envelope(payload: bytes | memoryview) -> _ArrayEnvelope | _MapEnvelo
         if payload and (payload[0] & 0xF0 == 0x80 or payload[0] in (0xDE, 0xDF)):
             return _map_envelope_decoder.decode(payload)
         return _array_envelope_decoder.decode(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedBatchError(
             f"not a KV event batch [ts, [event, ...], data_parallel_rank] ({len(payload)} bytes): {error}"
         ) from error

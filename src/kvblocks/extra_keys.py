@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from kvblocks.errors import InvalidHashInputError
 
 KeyValue: TypeAlias = "bool | int | str | bytes | tuple[KeyValue, ...] | None"
 """What an extra key may hold, after `normalise` turned lists into tuples."""
+
+MAX_DEPTH: Final = 8
+"""How deep the tuples of an extra key may nest; vLLM's go two deep."""
 
 ExtraKeys: TypeAlias = "Sequence[Sequence[object] | None]"
 """One entry per full block: None, or the extra keys of that block."""
@@ -52,15 +55,17 @@ def untag_extra_keys(
     return published or None
 
 
-def normalise(value: object, where: str = "extra_keys") -> KeyValue:
+def normalise(value: object, where: str = "extra_keys", max_depth: int = MAX_DEPTH) -> KeyValue:
     """Return `value` with lists turned into tuples, at every depth.
 
     Raises:
-        InvalidHashInputError: a type that cannot enter a block hash.
+        InvalidHashInputError: a type that cannot enter a block hash, or nesting beyond `max_depth`.
     """
     kind = type(value)
-    if kind is tuple or kind is list:
-        return tuple(normalise(item, f"{where}[{i}]") for i, item in enumerate(value))  # type: ignore[arg-type, var-annotated]
+    if isinstance(value, (tuple, list)):
+        if not max_depth:
+            raise InvalidHashInputError(f"{where} is nested deeper than the {MAX_DEPTH} levels allowed")
+        return tuple(normalise(item, f"{where}[{i}]", max_depth - 1) for i, item in enumerate(value))
     if value is None or kind in (bool, int, str, bytes):
         return value  # type: ignore[return-value]
     raise InvalidHashInputError(

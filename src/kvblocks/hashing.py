@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from kvblocks import _native
 from kvblocks.errors import InvalidHashInputError, UnknownAlgorithmError
 from kvblocks.extra_keys import ExtraKeys, KeyValue, build_extra_keys, encode_cbor, normalise_per_block
 
@@ -94,15 +95,16 @@ class BlockHasher:
         if not isinstance(block_size, int) or block_size < 1:
             raise InvalidHashInputError(f"block_size is an int of at least 1, not {block_size!r}")
         is_sha256 = algorithm.startswith("sha256")
+        is_cbor = algorithm.endswith("_cbor")
         if seed is None:
             seed = DEFAULT_SEED if is_sha256 else os.urandom(32).hex()
         self.algorithm: Final = algorithm
         self.seed: Final = seed
         self.block_size: Final = block_size
         self._digest: Final[Callable[[bytes], bytes]] = _sha256 if is_sha256 else xxhash.xxh3_128_digest
-        self._serialise: Final[Callable[[Any], bytes]] = encode_cbor if algorithm.endswith("_cbor") else _pickle
-        self.none_hash: Final[bytes] = self._digest(self._serialise(seed))
+        self.none_hash: Final[bytes] = self._digest(encode_cbor(seed) if is_cbor else _pickle(seed))
         self.digest_size: Final = len(self.none_hash)
+        self._native: Final = _native.BlockHasher(algorithm, self.none_hash, block_size) if is_cbor else None
 
     def hash_blocks(
         self, token_ids: TokenIds, extra_keys: ExtraKeys | None = None, parent: bytes | None = None
@@ -131,34 +133,55 @@ class BlockHasher:
         keys = normalise_per_block(extra_keys, num_blocks)
         if parent is not None and (not isinstance(parent, bytes) or len(parent) != self.digest_size):
             raise InvalidHashInputError(f"parent is a digest of {self.digest_size} bytes or None, not {parent!r}")
-        return self._hash_in_python(tokens, num_blocks, keys, parent or self.none_hash)
+        if self._native is None:
+            return self._hash_pickles(tokens, num_blocks, keys, parent or self.none_hash)
+        out = np.empty((num_blocks, self.digest_size), np.uint8)
+        extra_bytes, extra_offsets = _encode_extra_keys(keys)
+        self._native.hash_chain(tokens, parent or b"", extra_bytes, extra_offsets, out)
+        return out
 
-    def _hash_in_python(
+    def _hash_pickles(
         self, tokens: npt.NDArray[np.uint32], num_blocks: int, keys: list[KeyValue] | None, parent: bytes
     ) -> npt.NDArray[np.uint8]:
         ids = tokens.tolist()  # plain ints: pickle would name numpy's types
         digests = bytearray()
         for i in range(num_blocks):
             block = tuple(ids[i * self.block_size : (i + 1) * self.block_size])
-            parent = self._digest(self._serialise((parent, block, keys[i] if keys is not None else None)))
+            parent = self._digest(_pickle((parent, block, keys[i] if keys is not None else None)))
             digests += parent
         return np.frombuffer(digests, np.uint8).reshape(num_blocks, self.digest_size)
 
 
 def _token_array(token_ids: TokenIds) -> npt.NDArray[np.uint32]:
     """Return `token_ids` as a contiguous uint32 array, itself if it is one already."""
+    if isinstance(token_ids, (list, tuple)):
+        copy = np.empty(len(token_ids), np.uint32)
+        num_copied = _native.copy_tokens(token_ids, copy)
+        if num_copied < len(token_ids):
+            raise InvalidHashInputError(
+                f"token_ids[{num_copied}] is {token_ids[num_copied]!r}; token ids are integers in 0..{_MAX_TOKEN}"
+            )
+        return copy
     array = np.asarray(token_ids)
     if array.ndim != 1:
         raise InvalidHashInputError(f"token ids are one-dimensional, these have shape {list(array.shape)}")
-    if not len(array):
-        return np.empty(0, np.uint32)
     if array.dtype.kind not in "iu":
         raise InvalidHashInputError(f"token ids are integers in 0..{_MAX_TOKEN}, these are {array.dtype}")
-    if array.dtype != np.uint32:
-        for bound in (int(array.min()), int(array.max())):
-            if not 0 <= bound <= _MAX_TOKEN:
-                raise InvalidHashInputError(f"token id {bound} is outside 0..{_MAX_TOKEN}")
+    if array.size and not np.can_cast(array.dtype, np.uint32):
+        for index in (int(array.argmin()), int(array.argmax())):
+            if not 0 <= array[index] <= _MAX_TOKEN:
+                raise InvalidHashInputError(f"token_ids[{index}] is {array[index]}; allowed are 0..{_MAX_TOKEN}")
     return np.ascontiguousarray(array, np.uint32)
+
+
+def _encode_extra_keys(keys: list[KeyValue] | None) -> tuple[bytes, npt.NDArray[np.uint64]]:
+    """Return the CBOR of all blocks' extra keys end to end, and where each block's begin (nothing for None)."""
+    if keys is None:
+        return b"", np.empty(0, np.uint64)
+    encoded = [b"" if key is None else encode_cbor(key) for key in keys]
+    offsets = np.zeros(len(keys) + 1, np.uint64)
+    np.cumsum([len(item) for item in encoded], out=offsets[1:])
+    return b"".join(encoded), offsets
 
 
 def _sha256(data: bytes) -> bytes:
