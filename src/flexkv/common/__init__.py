@@ -1,0 +1,1 @@
+"""Values that every layer of `flexkv` speaks: sequences, transfers, requests, configuration, layouts."""
