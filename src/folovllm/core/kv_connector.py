@@ -47,12 +47,17 @@ class KVConnector(Protocol):
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many more tokens the store has beyond the device's hit, and whether they load asynchronously.
 
-        None means "not known yet, ask again in a later step". Called when a waiting request is first considered.
+        None means "not known yet, ask again in a later step". Called when a waiting request is considered, so again in
+        each step in which there was no room for it, and again after a preemption; never after one of its loads failed.
+        A synchronous load leaves at least the last token to compute: more than that is cut off.
         """
         ...
 
     def update_state_after_alloc(self, request: "Request", blocks: BlocksView, num_external_tokens: int) -> None:
-        """Blocks for the external tokens exist now. Called again with 0 once an asynchronous load has ended."""
+        """The request has its blocks now, `num_external_tokens` of them to be loaded (0: nothing to load).
+
+        Called on each admission, and so again, with 0, when the request is admitted after its asynchronous load ended.
+        """
         ...
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> Any:
@@ -64,7 +69,10 @@ class KVConnector(Protocol):
         ...
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """The request ended. True delays freeing its blocks until `finished_sending` names it."""
+        """The request ended, be it before it had any block. True delays freeing them until `finished_sending` names it.
+
+        Blocks that an asynchronous load is still writing stay until `finished_recving` names the request, as well.
+        """
         ...
 
     def take_events(self) -> Iterable[Any]:

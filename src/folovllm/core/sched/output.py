@@ -18,6 +18,8 @@ class NewRequestData:
     num_computed_tokens: int
     """Tokens whose KV is already in the blocks (prefix hit, or loaded by the connector)."""
     eos_token_ids: tuple[int, ...] = ()
+    """End-of-sequence tokens, which `min_tokens` masks along with the stop tokens."""
+    eos_token_ids: tuple[int, ...] = ()
     """End-of-sequence tokens, which `min_tokens` masks together with the stop tokens."""
 
 
@@ -46,9 +48,10 @@ class SchedulerOutput:
     """Request id -> tokens to compute in this step; the token budget is shared by prefills and decodes."""
     total_num_scheduled_tokens: int
     finished_req_ids: set[str]
-    """Finished since the last step: the runner drops their rows."""
+    """Finished since the last step: the runner drops their rows; it never saw those that ended before being scheduled."""
     preempted_req_ids: set[str]
-    """Preempted in this step: the runner drops their rows, they come back as resumed."""
+    """Preempted since the last step: the runner drops their rows *before* it adds this step's, for they come back as
+    resumed, and one whose KV load failed in the last step does so in the same step that names it here."""
     kv_connector_metadata: Any = None
     """Opaque to all but the connector's worker half."""
 
