@@ -157,9 +157,11 @@ def _token_array(token_ids: TokenIds) -> npt.NDArray[np.uint32]:
     if isinstance(token_ids, (list, tuple)):
         copy = np.empty(len(token_ids), np.uint32)
         num_copied = _native.copy_tokens(token_ids, copy)
-        if num_copied < len(token_ids):
+        if num_copied < len(copy):
+            # The list may have been shortened by another thread meanwhile.
+            culprit = repr(token_ids[num_copied]) if num_copied < len(token_ids) else "gone"
             raise InvalidHashInputError(
-                f"token_ids[{num_copied}] is {token_ids[num_copied]!r}; token ids are integers in 0..{_MAX_TOKEN}"
+                f"token_ids[{num_copied}] is {culprit}; token ids are integers in 0..{_MAX_TOKEN}"
             )
         return copy
     array = np.asarray(token_ids)
