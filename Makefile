@@ -42,7 +42,7 @@ format: $(INSTALLED) ## Format the Python sources
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED) ## Run the benchmarks; figures as JSON lines
-	@for file in benchmarks/bench_*.py; do echo "# $$file" >&2; $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out benchmarks/bench_environment.py,$(wildcard benchmarks/bench_*.py)); do echo "# $$file" >&2; $(BIN)/python $$file || exit 1; done
 
 graph: $(INSTALLED) ## Redraw the import graph in docs/architecture.md
 	$(BIN)/python tools/import_graph.py

@@ -91,7 +91,7 @@ def serve(
 @app.command()
 def demo(
     model: Annotated[str | None, _option("Checkpoint directory or hub id instead of the demo's own.")] = None,
-    json_file: Annotated[Path | None, _option("Write the figures to this file.", metavar="FILE")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to FILE.", metavar="FILE")] = None,
     keep: Annotated[bool, _option("Leave the endpoint running afterwards.")] = False,
     port: Annotated[int, typer.Option(help="Port of the endpoint; 0 takes a free one.")] = 0,
     users: Annotated[int, typer.Option(min=1, help="Concurrent conversations.")] = 12,
