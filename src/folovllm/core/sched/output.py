@@ -19,8 +19,6 @@ class NewRequestData:
     """Tokens whose KV is already in the blocks (prefix hit, or loaded by the connector)."""
     eos_token_ids: tuple[int, ...] = ()
     """End-of-sequence tokens, which `min_tokens` masks along with the stop tokens."""
-    eos_token_ids: tuple[int, ...] = ()
-    """End-of-sequence tokens, which `min_tokens` masks together with the stop tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""One file per attention backend; `abstract` is their contract."""

@@ -1,0 +1,1 @@
+"""The model: its layers, its architectures and how a checkpoint fills them."""

@@ -1,0 +1,1 @@
+"""One short file per architecture; `registry` maps the name in config.json to its class."""

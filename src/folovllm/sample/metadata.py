@@ -1,0 +1,23 @@
+"""What the sampler knows about the rows of one step. Mirrors vllm/v1/sample/metadata.py."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingMetadata:
+    """Host arrays with one entry per row of logits, so that deciding what to do waits for no device."""
+
+    temperature: npt.NDArray[np.float32]
+    """Below sampling_params.GREEDY_EPSILON the row is greedy."""
+    top_k: npt.NDArray[np.int64]
+    """0 keeps all tokens."""
+    top_p: npt.NDArray[np.float32]
+    seeds: npt.NDArray[np.uint64]
+    output_positions: npt.NDArray[np.int64]
+    """Index of the token being drawn among the request's output tokens."""
+    masked_rows: npt.NDArray[np.int64]
+    """With `masked_token_ids`: pairs of (row, token) that may not be drawn (`min_tokens`)."""
+    masked_token_ids: npt.NDArray[np.int64]

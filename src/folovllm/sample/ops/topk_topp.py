@@ -1,0 +1,129 @@
+"""Draw one token per row under top-k and top-p, from one uniform number per row.
+
+The vocabulary is never sorted for a top-k request, and no noise is drawn over it: the token is found by inverting the
+cumulative distribution. How a row is treated follows from its own options and logits only, never from its neighbours.
+Mirrors vllm/v1/sample/ops/topk_topp_sampler.py.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+SMALLEST_BUCKET = 8
+FIRST_NUCLEUS = 64
+NUCLEUS_GROWTH = 8
+SEGMENT = 512  # tokens summed first when the whole vocabulary is searched
+
+
+def draw(
+    logits: torch.Tensor,
+    top_k: npt.NDArray[np.int64],
+    top_p: npt.NDArray[np.float32],
+    uniform: npt.NDArray[np.float64],
+) -> torch.Tensor:
+    """Draw from softmax(logits), restricted per row.
+
+    Args:
+        logits: `[num_rows, vocab_size]` fp32, already divided by the temperature.
+        top_k: `[num_rows]`; 0 keeps all.
+        top_p: `[num_rows]` in (0, 1]; applied to what top-k kept, renormalised.
+        uniform: `[num_rows]` in [0, 1).
+
+    Returns:
+        `[num_rows]` int64 token ids.
+    """
+    vocab_size = logits.shape[1]
+    top_k = np.where((top_k <= 0) | (top_k >= vocab_size), 0, top_k)
+    tokens = torch.empty(len(top_k), dtype=torch.int64, device=logits.device)
+
+    def each(rows: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        index, p, u = (torch.from_numpy(a).to(logits.device) for a in (rows, top_p[rows], uniform[rows]))
+        return index, logits if len(rows) == len(top_k) else logits[index], p, u
+
+    buckets = _buckets(top_k, vocab_size)
+    for width in np.unique(buckets[top_k > 0]):
+        rows = np.flatnonzero((buckets == width) & (top_k > 0))
+        index, chosen, p, u = each(rows)
+        tokens[index] = _draw_top_k(chosen, int(width), torch.from_numpy(top_k[rows]).to(logits.device), p, u)
+    nucleus = np.flatnonzero((top_k == 0) & (top_p < 1.0))
+    if len(nucleus):
+        index, chosen, p, u = each(nucleus)
+        tokens[index] = _draw_top_p(chosen, p, u)
+    free = np.flatnonzero((top_k == 0) & (top_p >= 1.0))
+    if len(free):
+        index, chosen, _, u = each(free)
+        tokens[index] = _draw_any(chosen, u)
+    return tokens
+
+
+def _buckets(top_k: npt.NDArray[np.int64], vocab_size: int) -> npt.NDArray[np.int64]:
+    """How many candidates to fetch: k rounded up to a power of two, so that few distinct widths arise."""
+    power = np.ceil(np.log2(np.maximum(top_k, SMALLEST_BUCKET))).astype(np.int64)
+    return np.minimum(np.left_shift(np.int64(1), power), vocab_size).astype(np.int64)
+
+
+def _draw_top_k(
+    logits: torch.Tensor, width: int, top_k: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor
+) -> torch.Tensor:
+    values, token_ids = logits.topk(width, dim=-1)
+    ranks = torch.arange(width, device=logits.device)
+    probs = torch.softmax(values.masked_fill(ranks >= top_k[:, None], float("-inf")), dim=-1)
+    return _take(token_ids, _invert(_nucleus(probs, top_p), uniform))
+
+
+def _draw_top_p(logits: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Fetch the most likely tokens, more of them only for rows whose nucleus is wider."""
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
+    open_rows = torch.arange(logits.shape[0], device=logits.device)
+    width = FIRST_NUCLEUS
+    while len(open_rows):
+        width = min(width, logits.shape[1])
+        values, token_ids = logits[open_rows].topk(width, dim=-1)
+        probs = torch.exp(values - log_total[open_rows])
+        enough = probs.sum(dim=-1) >= top_p[open_rows]
+        if width == logits.shape[1]:
+            enough = torch.ones_like(enough)
+        rows = open_rows[enough]
+        weights = _nucleus(probs[enough], top_p[rows])
+        tokens[rows] = _take(token_ids[enough], _invert(weights, uniform[rows]))
+        open_rows = open_rows[~enough]
+        width *= NUCLEUS_GROWTH
+    return tokens
+
+
+def _nucleus(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Zero what lies outside the smallest set that reaches `top_p`; `probs` falls along each row."""
+    before = probs.cumsum(dim=-1) - probs
+    return probs.masked_fill((before >= top_p[:, None]) & (top_p[:, None] < 1.0), 0.0)
+
+
+def _draw_any(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Over the whole vocabulary: first find the segment, then the token in it."""
+    weights = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
+    segments = F.pad(weights, (0, -weights.shape[1] % SEGMENT)).view(len(weights), -1, SEGMENT)
+    masses = segments.sum(dim=-1, dtype=torch.float64)
+    ends = masses.cumsum(dim=-1)
+    target = _below(uniform * ends[:, -1], ends[:, -1])
+    segment = torch.searchsorted(ends, target[:, None], right=True).squeeze(1)
+    rows = torch.arange(len(weights), device=logits.device)
+    mass = masses[rows, segment]
+    within = (target - (ends[rows, segment] - mass)).clamp(min=0.0) / mass
+    return segment * SEGMENT + _invert(segments[rows, segment], within)
+
+
+def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first index whose cumulative weight exceeds `uniform` of the total; its own weight is never zero."""
+    ends = weights.cumsum(dim=-1, dtype=torch.float64)
+    target = _below(uniform * ends[:, -1], ends[:, -1])
+    return torch.searchsorted(ends, target[:, None], right=True).squeeze(1)
+
+
+def _below(target: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    # Rounding may lift the product to the total itself, where there is nothing to find.
+    return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+
+
+def _take(token_ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return token_ids.gather(1, index[:, None]).squeeze(1)

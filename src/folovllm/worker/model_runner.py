@@ -1,0 +1,205 @@
+"""Runs one step: scheduler output -> input tensors -> model -> sampled tokens.
+
+Mirrors vllm/v1/worker/gpu_model_runner.py.
+The same code serves CPU and CUDA. A step reads the device back once, for the sampled tokens.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from folovllm.attention.backends.abstract import AttentionMetadata
+from folovllm.attention.selector import select_backend
+from folovllm.config import EngineConfig
+from folovllm.core.kv_connector import KVConnector
+from folovllm.core.sched.output import ModelRunnerOutput, NewRequestData, SchedulerOutput
+from folovllm.model_executor.forward_context import ForwardContext
+from folovllm.model_executor.loader import load_model
+from folovllm.sample.sampler import Sampler
+from folovllm.worker.buffers import StagingBuffer
+from folovllm.worker.connector_step import run_with_connector
+from folovllm.worker.input_batch import CachedRequestState, InputBatch, Rows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One step's tensors, and which rows of the batch they stand for."""
+
+    rows: Rows
+    """`[num_reqs]`: the batch row of each request in the step."""
+    samples: Rows
+    """Indices into `rows` of the requests that end the step with all their tokens computed: these sample."""
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    logits_indices: torch.Tensor
+    """Query row of the last token of each request in `samples`."""
+    attn_metadata: AttentionMetadata
+
+
+class ModelRunner:
+    """Owns the model, the KV cache and the rows. Used by one thread."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.device = config.device
+        self.block_size = config.cache_config.block_size
+        model_config, parallel = config.model_config, config.parallel_config
+        head_size = model_config.get_head_size()
+        num_kv_heads = model_config.get_num_kv_heads(parallel)
+        backend_class = select_backend(config.attention_backend, self.device, model_config.dtype, head_size)
+        self.backend = backend_class(
+            model_config.get_num_attention_heads(parallel), num_kv_heads, head_size, self.block_size
+        )
+        self.model = load_model(config, self.backend)
+        shape = (config.cache_config.num_kv_blocks, 2, num_kv_heads, self.block_size, head_size)
+        # Zeros, not empty: masked attention still multiplies what it masks, and must not meet a NaN.
+        self.kv_caches = {
+            layer.layer_name: torch.zeros(shape, dtype=model_config.dtype, device=self.device)
+            for layer in self.model.attention_layers()
+        }
+        self.connector: KVConnector | None = None
+        self.sampler = Sampler()
+        self.requests: dict[str, CachedRequestState] = {}
+        limits = config.scheduler_config
+        self.input_batch = InputBatch(limits.max_num_seqs, model_config.max_model_len, self.block_size)
+        self._seed_stream = np.random.default_rng(model_config.seed)
+        self._make_buffers(limits.max_num_seqs, limits.max_num_batched_tokens)
+        logger.info("runner ready device=%s backend=%s num_kv_blocks=%d", self.device, self.backend.name, shape[0])
+
+    def _make_buffers(self, max_reqs: int, max_tokens: int) -> None:
+        def buffer(capacity: int, dtype: torch.dtype) -> StagingBuffer:
+            return StagingBuffer(capacity, dtype, self.device)
+
+        self._input_ids = buffer(max_tokens, torch.int32)
+        self._positions = buffer(max_tokens, torch.int64)
+        self._slots = buffer(max_tokens, torch.int64)
+        self._query_start_loc = buffer(max_reqs + 1, torch.int32)
+        self._seq_lens = buffer(max_reqs, torch.int32)
+        self._block_tables = buffer(self.input_batch.block_table.size, torch.int32)
+        self._logits_indices = buffer(max_reqs, torch.int64)
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
+        """Run one step.
+
+        A request whose prefill stays partial samples nothing. Neither does one whose blocks the connector reports as
+        invalid in this step: the scheduler recomputes it from the first such block.
+        """
+        self._update_states(scheduler_output)
+        step = self._prepare_inputs(scheduler_output) if scheduler_output.total_num_scheduled_tokens else None
+        context = ForwardContext(step.attn_metadata if step else None, self.kv_caches, self.connector)
+        if self.connector is None:
+            return ModelRunnerOutput(self._sample(step, self._forward(step, context), set()) if step else {})
+        hidden, report = run_with_connector(
+            self.connector, scheduler_output, context, lambda: self._forward(step, context) if step else None
+        )
+        if step is None or hidden is None:
+            return ModelRunnerOutput({}, report)
+        return ModelRunnerOutput(self._sample(step, hidden, report.invalid_block_ids), report)
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> None:
+        batch = self.input_batch
+        for req_id in scheduler_output.finished_req_ids:
+            batch.remove(req_id)
+            self.requests.pop(req_id, None)
+        for req_id in scheduler_output.preempted_req_ids:
+            batch.remove(req_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            batch.remove(new.req_id)
+            state = self.requests[new.req_id] = self._remember(new)
+            batch.add(state, new.prompt_token_ids, new.block_ids, new.num_computed_tokens)
+        for cached in scheduler_output.scheduled_cached_reqs:
+            if cached.resumed_from_preemption:
+                assert cached.all_token_ids is not None
+                batch.remove(cached.req_id)
+                state = self.requests[cached.req_id]
+                batch.add(state, cached.all_token_ids, cached.block_ids, cached.num_computed_tokens)
+            else:
+                row = batch.row_of[cached.req_id]
+                batch.num_computed_tokens[row] = cached.num_computed_tokens
+                if cached.block_ids:
+                    batch.append_blocks(row, cached.block_ids)
+
+    def _remember(self, new: NewRequestData) -> CachedRequestState:
+        params = new.sampling_params
+        masked = np.unique(np.array([*new.eos_token_ids, *params.stop_token_ids], dtype=np.int64))
+        return CachedRequestState(
+            req_id=new.req_id,
+            num_prompt_tokens=len(new.prompt_token_ids),
+            sampling_params=params,
+            seed=int(self._seed_stream.integers(2**63)) if params.seed is None else params.seed,
+            masked_token_ids=masked[masked < self.config.model_config.get_vocab_size()],
+        )
+
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput) -> StepInputs:
+        """Lay the scheduled tokens of all requests end to end.
+
+        For requests with 2, 1 and 3 scheduled tokens of which 5, 9 and 0 were computed before:
+
+            query_start_loc   0     2  3        6
+            req_index       [ 0  0 | 1 | 2  2  2 ]
+            positions       [ 5  6 | 9 | 0  1  2 ]
+        """
+        batch, scheduled = self.input_batch, scheduler_output.num_scheduled_tokens
+        num_reqs, num_tokens = len(scheduled), scheduler_output.total_num_scheduled_tokens
+        rows = np.fromiter((batch.row_of[req_id] for req_id in scheduled), np.int64, num_reqs)
+        num_scheduled = np.fromiter(scheduled.values(), np.int64, num_reqs)
+        query_start_loc = np.zeros(num_reqs + 1, dtype=np.int32)
+        np.cumsum(num_scheduled, out=query_start_loc[1:])
+        computed = batch.num_computed_tokens[rows]
+        seq_lens = computed + num_scheduled
+
+        req_index = np.repeat(np.arange(num_reqs), num_scheduled)
+        positions = np.arange(num_tokens) + (computed - query_start_loc[:-1])[req_index]
+        token_rows = rows[req_index]
+        slot_blocks = batch.block_table[token_rows, positions // self.block_size]
+        slots = slot_blocks.astype(np.int64) * self.block_size + positions % self.block_size
+        max_blocks = -(-int(seq_lens.max()) // self.block_size)
+
+        samples = np.flatnonzero(seq_lens == batch.num_tokens[rows])
+        slot_mapping = self._slots.fill(slots)
+        metadata = AttentionMetadata(
+            query_start_loc=self._query_start_loc.fill(query_start_loc),
+            seq_lens=self._seq_lens.fill(seq_lens),
+            block_tables=self._block_tables.fill(batch.block_table[rows, :max_blocks]),
+            slot_mapping=slot_mapping,
+            slot_blocks=slot_mapping // self.block_size,
+            slot_offsets=slot_mapping % self.block_size,
+            query_start_loc_cpu=query_start_loc,
+            seq_lens_cpu=seq_lens.astype(np.int32),
+        )
+        return StepInputs(
+            rows=rows,
+            samples=samples,
+            input_ids=self._input_ids.fill(batch.token_ids[token_rows, positions]),
+            positions=self._positions.fill(positions),
+            logits_indices=self._logits_indices.fill(query_start_loc[1:][samples] - 1),
+            attn_metadata=replace(metadata, backend_plan=self.backend.plan(metadata)),
+        )
+
+    def _forward(self, step: StepInputs, context: ForwardContext) -> torch.Tensor:
+        hidden: torch.Tensor = self.model(step.input_ids, step.positions, context)
+        return hidden
+
+    def _sample(self, step: StepInputs, hidden: torch.Tensor, invalid_block_ids: set[int]) -> dict[str, list[int]]:
+        if len(step.samples) == 0:
+            return {}
+        batch, rows = self.input_batch, step.rows[step.samples]
+        logits = self.model.compute_logits(hidden[step.logits_indices])
+        sampled = self.sampler.sample(logits, batch.sampling_metadata(rows)).cpu().numpy()
+        if invalid_block_ids:
+            valid = self._rows_without(rows, invalid_block_ids)
+            rows, sampled = rows[valid], sampled[valid]
+        batch.append_tokens(rows, sampled)
+        return {batch.req_ids[row]: [token] for row, token in zip(rows.tolist(), sampled.tolist(), strict=True)}
+
+    def _rows_without(self, rows: Rows, invalid_block_ids: set[int]) -> Rows:
+        """Indices into `rows` of the requests that hold none of the blocks."""
+        batch = self.input_batch
+        used = np.arange(batch.block_table.shape[1]) < batch.num_blocks[rows][:, None]
+        hit = np.isin(batch.block_table[rows], list(invalid_block_ids)) & used
+        return np.flatnonzero(~hit.any(axis=1))
