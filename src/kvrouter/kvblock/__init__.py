@@ -1,0 +1,1 @@
+"""The index of block keys: `base` is the contract, `token_processor` makes the keys, one file per backend."""
