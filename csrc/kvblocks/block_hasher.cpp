@@ -77,6 +77,9 @@ void BlockHasher::hash_chain(std::span<const std::uint32_t> tokens, std::span<co
   if (out.size() != count * digest_size) throw std::invalid_argument("out has the wrong size");
   BlockEncoder encoder(digest_size, block_size_, check_extra_keys(extra, count), 2 * kSha256BlockBytes);
 
+  // Blocks wait for one another, so the latency of a block is all that counts: 103 ns, of which the rounds of its two
+  // SHA-256 blocks are 74 (SHA extensions, 16 tokens). Encoding takes 27 ns alone. Measured and of no help: shifting
+  // the parent's digest into place in registers instead of through memory, and encoding one block ahead.
   const std::uint8_t* previous = parent.data();
   std::uint8_t* digest = out.data();
   for (std::size_t i = 0; i < count; ++i, digest += digest_size) {

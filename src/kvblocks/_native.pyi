@@ -33,5 +33,8 @@ class BlockHasher:
 def copy_tokens(items: list[int] | tuple[int, ...], out: npt.NDArray[np.uint32]) -> int:
     """Copy `items` to `out`; return how many were copied before the first that is no integer in 0..2**32-1, or all."""
 
+def split_digests(packed: npt.NDArray[np.uint8]) -> list[bytes]:
+    """Return the rows of `packed`, uint8 `[num_blocks, digest_size]`, as bytes."""
+
 def sha256_ni_supported() -> bool:
     """Whether this CPU has the SHA extensions, which the native hasher then uses."""

@@ -110,9 +110,7 @@ class BlockHasher:
         self, token_ids: TokenIds, extra_keys: ExtraKeys | None = None, parent: bytes | None = None
     ) -> list[bytes]:
         """Return the digest of every full block, in order; see `hash_blocks_packed` for the arguments and errors."""
-        packed = self.hash_blocks_packed(token_ids, extra_keys, parent).tobytes()
-        size = self.digest_size
-        return [packed[start : start + size] for start in range(0, len(packed), size)]
+        return _native.split_digests(self.hash_blocks_packed(token_ids, extra_keys, parent))
 
     def hash_blocks_packed(
         self, token_ids: TokenIds, extra_keys: ExtraKeys | None = None, parent: bytes | None = None
