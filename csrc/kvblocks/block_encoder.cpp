@@ -3,6 +3,10 @@
 #include <bit>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace kvblocks {
 namespace {
 
@@ -45,11 +49,65 @@ inline std::uint8_t* write_token(std::uint8_t* out, std::uint32_t token) {
   return out + kEncodedBytes[size_class];
 }
 
+#if defined(__x86_64__)
+
+// Lane by lane what write_token does, up to the stores.
+__attribute__((target("sse4.1"))) std::uint8_t* write_tokens_sse(std::uint8_t* out,
+                                                                 std::span<const std::uint32_t> tokens) {
+  constexpr std::size_t kLanes = 4;
+  const __m128i swap_bytes = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
+  std::size_t i = 0;
+  for (; i + kLanes <= tokens.size(); i += kLanes) {
+    const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tokens.data() + i));
+    // All ones where the token needs a head byte, two argument bytes, four argument bytes.
+    const __m128i is_multi = _mm_cmpeq_epi32(_mm_max_epu32(t, _mm_set1_epi32(24)), t);
+    const __m128i is_wide = _mm_cmpeq_epi32(_mm_max_epu32(t, _mm_set1_epi32(1 << 8)), t);
+    const __m128i is_widest = _mm_cmpeq_epi32(_mm_max_epu32(t, _mm_set1_epi32(1 << 16)), t);
+    const __m128i wide_or_more = _mm_add_epi32(is_wide, is_widest);  // minus the number of widenings
+    const __m128i head = _mm_blendv_epi8(t, _mm_sub_epi32(_mm_set1_epi32(24), wide_or_more), is_multi);
+    const __m128i swapped = _mm_shuffle_epi8(t, swap_bytes);
+    const __m128i narrow = _mm_blendv_epi8(_mm_srli_epi32(swapped, 24), _mm_srli_epi32(swapped, 16), is_wide);
+    const __m128i argument = _mm_blendv_epi8(narrow, swapped, is_widest);
+    const __m128i size_minus_one = _mm_add_epi32(_mm_add_epi32(is_multi, wide_or_more), is_widest);
+    const __m128i sizes = _mm_sub_epi32(_mm_set1_epi32(1), size_minus_one);
+    const __m128i low = _mm_or_si128(_mm_slli_epi32(argument, 8), head);
+    const __m128i high = _mm_srli_epi32(argument, 24);
+    const __m128i first_two = _mm_unpacklo_epi32(low, high);
+    const __m128i last_two = _mm_unpackhi_epi32(low, high);
+    const auto sizes01 = static_cast<std::uint64_t>(_mm_cvtsi128_si64(sizes));
+    const auto sizes23 = static_cast<std::uint64_t>(_mm_extract_epi64(sizes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), first_two);
+    out += static_cast<std::uint32_t>(sizes01);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_srli_si128(first_two, 8));
+    out += sizes01 >> 32;
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), last_two);
+    out += static_cast<std::uint32_t>(sizes23);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_srli_si128(last_two, 8));
+    out += sizes23 >> 32;
+  }
+  return write_tokens_portable(out, tokens.subspan(i));
+}
+
+#endif
+
 }  // namespace
 
-BlockEncoder::BlockEncoder(std::size_t digest_size, std::size_t block_size, std::size_t max_extra_bytes,
-                           std::size_t slack)
-    : buffer_(1 + kMaxHeadBytes + digest_size + kMaxHeadBytes + kMaxTokenBytes * block_size + kStoreBytes +
+std::uint8_t* write_tokens_portable(std::uint8_t* out, std::span<const std::uint32_t> tokens) {
+  for (const std::uint32_t token : tokens) out = write_token(out, token);
+  return out;
+}
+
+TokenWriter best_token_writer() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("sse4.1")) return write_tokens_sse;
+#endif
+  return write_tokens_portable;
+}
+
+BlockEncoder::BlockEncoder(TokenWriter write_tokens, std::size_t digest_size, std::size_t block_size,
+                           std::size_t max_extra_bytes, std::size_t slack)
+    : write_tokens_(write_tokens),
+      buffer_(1 + kMaxHeadBytes + digest_size + kMaxHeadBytes + kMaxTokenBytes * block_size + kStoreBytes +
               max_extra_bytes + slack) {
   std::uint8_t* out = buffer_.data();
   *out++ = kArrayOfThree;
@@ -61,8 +119,7 @@ BlockEncoder::BlockEncoder(std::size_t digest_size, std::size_t block_size, std:
 }
 
 std::size_t BlockEncoder::encode(std::span<const std::uint32_t> tokens, std::span<const std::uint8_t> extra) {
-  std::uint8_t* out = buffer_.data() + tokens_offset_;
-  for (const std::uint32_t token : tokens) out = write_token(out, token);
+  std::uint8_t* out = write_tokens_(buffer_.data() + tokens_offset_, tokens);
   if (extra.empty()) {
     *out++ = kNull;
   } else {

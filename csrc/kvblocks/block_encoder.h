@@ -15,11 +15,20 @@
 
 namespace kvblocks {
 
+// Appends tokens to `out` and returns where they end. May write up to 7 bytes more than that.
+using TokenWriter = std::uint8_t* (*)(std::uint8_t* out, std::span<const std::uint32_t> tokens);
+
+std::uint8_t* write_tokens_portable(std::uint8_t* out, std::span<const std::uint32_t> tokens);
+
+// The fastest writer for this CPU: four tokens at a time with SSE4.1 (16 tokens: 27 -> 13 ns).
+TokenWriter best_token_writer();
+
 // A buffer for the blocks of one chain. The bytes that no block changes are written once.
 class BlockEncoder {
  public:
   // `max_extra_bytes` bounds the extra keys of any one block. `slack` writable bytes follow the longest encoding.
-  BlockEncoder(std::size_t digest_size, std::size_t block_size, std::size_t max_extra_bytes, std::size_t slack);
+  BlockEncoder(TokenWriter write_tokens, std::size_t digest_size, std::size_t block_size, std::size_t max_extra_bytes,
+               std::size_t slack);
 
   // Where the parent's digest goes, digest_size bytes.
   std::uint8_t* parent() { return buffer_.data() + parent_offset_; }
@@ -31,6 +40,7 @@ class BlockEncoder {
   std::uint8_t* data() { return buffer_.data(); }
 
  private:
+  TokenWriter write_tokens_;
   std::vector<std::uint8_t> buffer_;
   std::size_t parent_offset_;
   std::size_t tokens_offset_;

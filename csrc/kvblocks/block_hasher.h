@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "kvblocks/block_encoder.h"
 #include "kvblocks/sha256.h"
 
 namespace kvblocks {
@@ -60,6 +61,7 @@ class BlockHasher {
   std::vector<std::uint8_t> none_hash_;
   std::size_t block_size_;
   Sha256Compress compress_;
+  TokenWriter write_tokens_;
 };
 
 }  // namespace kvblocks

@@ -62,14 +62,26 @@ TEST_CASE("SHA-256 of the standard's two-block message") {
 }
 
 TEST_CASE("the encoding of a block is canonical CBOR") {
-  BlockEncoder encoder(16, 8, 4, 0);
-  std::fill_n(encoder.parent(), 16, std::uint8_t{0xAB});
-  const std::vector<std::uint32_t> tokens = {0, 23, 24, 255, 256, 65535, 65536, 0xFFFFFFFF};
-  const std::string parent = "8350" + std::string(32, 'x').replace(0, 32, "abababababababababababababababab");
-  const std::string body = "880017181818ff19010019ffff1a000100001affffffff";
-  CHECK(hex({encoder.data(), encoder.encode(tokens, {})}) == parent + body + "f6");
+  const std::vector<std::uint32_t> tokens = {0, 23, 24, 255, 256, 65535, 65536, 0xFFFFFFFF, 0x80000000};
+  const std::string parent = "8350abababababababababababababababab";
+  const std::string body = "890017181818ff19010019ffff1a000100001affffffff1a80000000";
   const Bytes extra = {0x81, 0x61, 0x78};
-  CHECK(hex({encoder.data(), encoder.encode(tokens, extra)}) == parent + body + "816178");
+  for (const TokenWriter writer : {write_tokens_portable, best_token_writer()}) {
+    BlockEncoder encoder(writer, 16, tokens.size(), extra.size(), 0);
+    std::fill_n(encoder.parent(), 16, std::uint8_t{0xAB});
+    CHECK(hex({encoder.data(), encoder.encode(tokens, {})}) == parent + body + "f6");
+    CHECK(hex({encoder.data(), encoder.encode(tokens, extra)}) == parent + body + "816178");
+  }
+}
+
+TEST_CASE("every token writer writes the same bytes") {
+  for (std::size_t count = 0; count < 40; ++count) {
+    const auto tokens = mixed_tokens(count, static_cast<unsigned>(count) + 100);
+    Bytes best(5 * count + 8), portable(5 * count + 8);
+    best.resize(static_cast<std::size_t>(best_token_writer()(best.data(), tokens) - best.data()));
+    portable.resize(static_cast<std::size_t>(write_tokens_portable(portable.data(), tokens) - portable.data()));
+    CHECK(best == portable);
+  }
 }
 
 TEST_CASE("a chain equals vLLM's") {
