@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 
 
@@ -20,6 +21,18 @@ class NewRequestData:
     eos_token_ids: tuple[int, ...] = ()
     """End-of-sequence tokens, which `min_tokens` masks along with the stop tokens."""
 
+    @classmethod
+    def from_request(cls, request: Request, block_ids: list[int]) -> "NewRequestData":
+        """What the runner learns of a request at its first admission."""
+        return cls(
+            req_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling_params=request.sampling_params,
+            block_ids=block_ids,
+            num_computed_tokens=request.num_computed_tokens,
+            eos_token_ids=request.eos_token_ids,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class CachedRequestData:
@@ -35,6 +48,17 @@ class CachedRequestData:
     block_ids: list[int]
     num_computed_tokens: int
 
+    @classmethod
+    def from_request(cls, request: Request, block_ids: list[int], *, resumed: bool) -> "CachedRequestData":
+        """What the runner learns of a request it knows; `block_ids` are all of a resumed one's, else the new ones."""
+        return cls(
+            req_id=request.request_id,
+            resumed_from_preemption=resumed,
+            all_token_ids=list(request.all_token_ids) if resumed else None,
+            block_ids=block_ids,
+            num_computed_tokens=request.num_computed_tokens,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
@@ -46,7 +70,7 @@ class SchedulerOutput:
     """Request id -> tokens to compute in this step; the token budget is shared by prefills and decodes."""
     total_num_scheduled_tokens: int
     finished_req_ids: set[str]
-    """Finished since the last step: the runner drops their rows; it never saw those that ended before being scheduled."""
+    """Finished since the last step: the runner drops their rows. Some it has never seen: they ended while waiting."""
     preempted_req_ids: set[str]
     """Preempted since the last step: the runner drops their rows *before* it adds this step's, for they come back as
     resumed, and one whose KV load failed in the last step does so in the same step that names it here."""

@@ -1,0 +1,150 @@
+"""The engine core: scheduler, executor, KV events, one step at a time. Mirrors vllm/v1/engine/core.py.
+
+    step: schedule -> execute_model -> update_from_output -> publish the step's KV events
+
+In process it is driven by its caller; `engine/core_proc.py` drives it in a process of its own.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+
+from folovllm.config import EngineConfig, KVEventsConfig
+from folovllm.core.kv_cache_utils import get_request_block_hasher
+from folovllm.core.kv_connector import KVConnectorRole, create_connector
+from folovllm.core.sched.scheduler import Scheduler
+from folovllm.engine.messages import EngineCoreOutputs, EngineCoreRequest
+from folovllm.executor.abstract import Executor
+from folovllm.request import BlockHashFn, Request, RequestStatus
+from kvblocks.events import KVEventBatch
+from kvblocks.hashing import BlockHasher
+from kvblocks.publisher import EventPublisher, NullEventPublisher, ZmqEventPublisher
+
+logger = logging.getLogger(__name__)
+
+_TRANSFER_POLL_S = 0.001
+_RESET_TIMEOUT_S = 5.0
+
+
+class EngineCore:
+    """Owns everything that computes; used by one thread."""
+
+    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
+        """Load the model (unless an executor that has one is given), then build the scheduler.
+
+        Raises:
+            ModelLoadError: the checkpoint is unusable.
+            ConfigError: an option is not possible here.
+            kvblocks.errors.PublisherError: the events' endpoint cannot be opened.
+        """
+        self.config = config
+        # Before the scheduler: the connector's worker half registers the KV tensors, its scheduler half relies on it.
+        self.executor = executor if executor is not None else Executor.create(config)
+        transfer = config.kv_transfer_config
+        self.connector = create_connector(config, KVConnectorRole.SCHEDULER) if transfer is not None else None
+        has_events = config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events
+        self.scheduler = Scheduler(
+            config.scheduler_config,
+            config.cache_config,
+            config.model_config.max_model_len,
+            connector=self.connector,
+            kv_load_failure_policy=transfer.kv_load_failure_policy if transfer is not None else "recompute",
+            enable_kv_cache_events=has_events,
+        )
+        self._block_hash_fn = self._make_block_hash_fn()
+        self._publisher = _make_publisher(config.kv_events_config, config.parallel_config.data_parallel_rank)
+        self._publisher.start()
+        # Never set: a step that could only poll for transfers waits on it.
+        self._pause = threading.Event()
+        self._is_shut_down = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do; false again once the runner knows who finished and transfers ended."""
+        return self.scheduler.has_work
+
+    @property
+    def capacity_tokens(self) -> int:
+        """The longest request, prompt and output, that the KV cache can ever hold; longer ones end with "error"."""
+        return min(self.scheduler.capacity_tokens, self.scheduler.max_model_len)
+
+    def add_request(self, request: EngineCoreRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequestError: its id is in use.
+        """
+        self.scheduler.add_request(Request(request, self._block_hash_fn))
+
+    def abort_requests(self, request_ids: Iterable[str]) -> None:
+        """Forget these, whatever they are doing; they produce no more output. Unknown ids are ignored."""
+        self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED)
+
+    def step(self) -> EngineCoreOutputs:
+        """Compute one step; without tokens to compute it still runs the connector's hooks."""
+        if not self.has_work:
+            return EngineCoreOutputs(scheduler_stats=self.scheduler.make_stats())
+        scheduler_output = self.scheduler.schedule()
+        runner_output = self.executor.execute_model(scheduler_output)
+        outputs = self.scheduler.update_from_output(scheduler_output, runner_output)
+        self._publish_events()
+        if not scheduler_output.total_num_scheduled_tokens and self.scheduler.has_pending_transfers:
+            # All there is to do is to wait for the connector, whose contract has no way to be told but to ask.
+            self._pause.wait(_TRANSFER_POLL_S)
+        return EngineCoreOutputs(outputs=outputs, scheduler_stats=self.scheduler.make_stats())
+
+    def reset_prefix_cache(self, reset_connector: bool = False) -> bool:
+        """Drop the device's reusable content, and with `reset_connector` that of the store behind it.
+
+        Refused (False) while requests run. Transfers of finished requests are waited for, for a few seconds.
+        """
+        deadline = time.monotonic() + _RESET_TIMEOUT_S
+        while not self.scheduler.has_unfinished_requests and self.has_work and time.monotonic() < deadline:
+            self.step()
+        store_remains = self.connector is not None and not reset_connector
+        if not self.scheduler.kv_cache_manager.reset_prefix_cache(other_tiers_remain=store_remains):
+            return False
+        is_reset = True
+        if reset_connector and self.connector is not None:
+            is_reset = self.connector.reset_cache() is not False
+        self._publish_events()
+        return is_reset
+
+    def shutdown(self) -> None:
+        """Release everything; idempotent."""
+        if self._is_shut_down:
+            return
+        self._is_shut_down = True
+        self.executor.shutdown()
+        if self.connector is not None:
+            self.connector.shutdown()
+        self._publisher.close()
+
+    def _make_block_hash_fn(self) -> BlockHashFn | None:
+        cache = self.config.cache_config
+        if not cache.enable_prefix_caching and self.connector is None:
+            return None
+        return get_request_block_hasher(BlockHasher(cache.prefix_caching_hash_algo, block_size=cache.block_size))
+
+    def _publish_events(self) -> None:
+        events = self.scheduler.kv_cache_manager.take_events()
+        if self.connector is not None:
+            events.extend(self.connector.take_events())
+        if events:
+            rank = self.config.parallel_config.data_parallel_rank
+            self._publisher.publish(KVEventBatch(ts=time.time(), events=events, data_parallel_rank=rank))
+
+
+def _make_publisher(config: KVEventsConfig | None, data_parallel_rank: int) -> EventPublisher:
+    if config is None or not config.enable_kv_cache_events or config.publisher == "null":
+        return NullEventPublisher()
+    return ZmqEventPublisher(
+        config.endpoint,
+        config.replay_endpoint,
+        config.topic,
+        buffer_steps=config.buffer_steps,
+        hwm=config.hwm,
+        max_queue_size=config.max_queue_size,
+        data_parallel_rank=data_parallel_rank,
+    )
