@@ -1,4 +1,4 @@
-"""Random-weight checkpoints of every shape the engine must serve, written through transformers and kept for the session.
+"""Random-weight checkpoints of every shape the engine must serve, written through transformers.
 
 The weights are scaled so that the logits spread over several units: the greedy choice is then decided by far more than
 the rounding by which two correct implementations differ.

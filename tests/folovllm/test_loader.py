@@ -1,0 +1,203 @@
+"""Checkpoints load whole or are refused with the name of what is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.folovllm.checkpoints import SHAPES
+from tests.folovllm.runner_driver import make_runner
+
+from folovllm.config import EngineArgs
+from folovllm.errors import ModelLoadError
+from folovllm.model_executor.loader import INDEX_FILE, SINGLE_FILE, checkpoint_files
+from folovllm.worker.model_runner import ModelRunner
+
+TIED, UNTIED = "qwen3-wide-heads-gqa2", "qwen3-gqa8-bias"
+
+
+@pytest.fixture
+def copy_of(checkpoint, tmp_path):
+    """copy_of(shape, **) -> a copy that may be damaged."""
+
+    def copy(name: str, **options: object) -> Path:
+        return Path(shutil.copytree(checkpoint(name, **options), tmp_path / name))
+
+    return copy
+
+
+def edit_weights(directory: Path, change) -> None:
+    weights = load_file(directory / SINGLE_FILE)
+    change(weights)
+    save_file(weights, directory / SINGLE_FILE, metadata={"format": "pt"})
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def parameters_of(runner: ModelRunner) -> dict[str, torch.Tensor]:
+    return dict(runner.model.named_parameters())
+
+
+@pytest.mark.parametrize("name", [TIED, UNTIED, "qwen2-gqa7"])
+def test_sharded_and_single_checkpoints_load_the_same(name, checkpoint):
+    sharded = checkpoint(name, shards=True)
+    assert len(checkpoint_files(sharded)) > 1
+    expected = parameters_of(make_runner(checkpoint(name)))
+    for key, value in parameters_of(make_runner(sharded)).items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_merged_rows_keep_the_order_of_their_parts(checkpoint):
+    weights = load_file(checkpoint(UNTIED) / SINGLE_FILE)
+    parameters = parameters_of(make_runner(checkpoint(UNTIED)))
+    prefix = "model.layers.1.self_attn."
+    for suffix in ("weight", "bias"):
+        parts = [weights[f"{prefix}{part}_proj.{suffix}"] for part in "qkv"]
+        assert torch.equal(parameters[f"{prefix}qkv_proj.{suffix}"], torch.cat(parts))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_converted_to_the_engines_dtype(dtype, checkpoint):
+    runner = make_runner(checkpoint(TIED, dtype=torch.bfloat16), dtype=dtype)
+    assert {str(p.dtype) for p in parameters_of(runner).values()} == {f"torch.{dtype}"}
+    assert {str(cache.dtype) for cache in runner.kv_caches.values()} == {f"torch.{dtype}"}
+
+
+def test_auto_dtype_is_the_checkpoints(checkpoint):
+    runner = make_runner(checkpoint(TIED, dtype=torch.bfloat16), dtype="auto")
+    assert runner.config.model_config.dtype == torch.bfloat16
+
+
+def test_loading_leaves_the_default_dtype_alone(checkpoint):
+    make_runner(checkpoint(TIED), dtype="bfloat16")
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_tied_head_shares_the_embedding_and_may_be_repeated_in_the_file(copy_of):
+    directory = copy_of(TIED)
+    edit_weights(directory, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    model = make_runner(directory).model
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_missing_tensors_are_named(copy_of):
+    directory = copy_of(UNTIED)
+    edit_weights(directory, lambda w: [w.pop("lm_head.weight"), w.pop("model.layers.2.self_attn.k_proj.bias")])
+    with pytest.raises(ModelLoadError, match=r"missing: (?=.*lm_head\.weight)(?=.*layers\.2\.self_attn\.k_proj\.bias)"):
+        make_runner(directory)
+
+
+def test_unknown_tensors_are_named(copy_of):
+    directory = copy_of(TIED)
+    edit_weights(directory, lambda w: w.update({"model.layers.0.extra.weight": torch.ones(2)}))
+    with pytest.raises(ModelLoadError, match=r"not part of the model: model\.layers\.0\.extra\.weight"):
+        make_runner(directory)
+
+
+def test_long_lists_of_names_are_cut(copy_of):
+    directory = copy_of(TIED)
+    edit_weights(directory, lambda w: w.update({f"x{i:02}": torch.ones(1) for i in range(20)}))
+    with pytest.raises(ModelLoadError, match=r"x07 and 12 more"):
+        make_runner(directory)
+
+
+def test_wrong_shape_is_named_with_both_shapes(copy_of):
+    directory = copy_of(TIED)
+    edit_weights(directory, lambda w: w.update({"model.norm.weight": torch.ones(49)}))
+    with pytest.raises(ModelLoadError, match=r"model\.norm\.weight .*\[49\].*\[48\]"):
+        make_runner(directory)
+
+
+def test_integer_weights_are_refused(copy_of):
+    directory = copy_of(TIED)
+    edit_weights(directory, lambda w: w.update({"model.norm.weight": torch.ones(48, dtype=torch.int32)}))
+    with pytest.raises(ModelLoadError, match=r"model\.norm\.weight .*int32"):
+        make_runner(directory)
+
+
+def test_directory_without_weights_is_refused(copy_of):
+    directory = copy_of(TIED)
+    (directory / SINGLE_FILE).unlink()
+    with pytest.raises(ModelLoadError, match=f"neither {SINGLE_FILE} nor {INDEX_FILE}"):
+        make_runner(directory)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not safetensors at all", None], ids=["empty", "garbage", "truncated"])
+def test_corrupt_file_is_named(damage, copy_of):
+    file = copy_of(TIED) / SINGLE_FILE
+    file.write_bytes(file.read_bytes()[:-100] if damage is None else damage)
+    with pytest.raises(ModelLoadError, match=rf"{SINGLE_FILE} is not a readable safetensors file"):
+        make_runner(file.parent)
+
+
+def test_missing_shard_is_named(copy_of):
+    directory = copy_of(TIED, shards=True)
+    victim = checkpoint_files(directory)[1]
+    victim.unlink()
+    with pytest.raises(ModelLoadError, match=f"missing: {victim.name}"):
+        make_runner(directory)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_malformed_index_is_named(text, copy_of):
+    directory = copy_of(TIED, shards=True)
+    (directory / INDEX_FILE).write_text(text)
+    with pytest.raises(ModelLoadError, match=f"{INDEX_FILE} is not a safetensors index"):
+        make_runner(directory)
+
+
+def test_tensor_in_two_shards_is_refused(copy_of):
+    directory = copy_of(TIED, shards=True)
+    files = checkpoint_files(directory)
+    first, second = load_file(files[0]), load_file(files[1])
+    name = next(iter(first))
+    save_file({**second, name: first[name]}, files[1], metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=f"repeats tensor {name}"):
+        make_runner(directory)
+
+
+def test_unsupported_architecture_lists_the_supported_ones(copy_of):
+    directory = copy_of(TIED)
+    edit_config(directory, architectures=["MambaForCausalLM"])
+    with pytest.raises(
+        ModelLoadError, match=r"MambaForCausalLM is not supported; supported: Qwen2.*, Qwen3ForCausalLM"
+    ):
+        make_runner(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "layer_types": None}, "sliding"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised.*gptq"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'.*yarn"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_would_be_computed_wrongly_is_refused(changes, message, copy_of):
+    directory = copy_of(TIED)
+    edit_config(directory, **changes)
+    with pytest.raises(ModelLoadError, match=message):
+        make_runner(directory)
+
+
+def test_sliding_window_that_no_layer_uses_is_accepted(copy_of, checkpoint):
+    directory = copy_of(TIED)
+    layers = SHAPES[TIED].layers
+    edit_config(directory, use_sliding_window=True, sliding_window=16, max_window_layers=layers, layer_types=None)
+    make_runner(directory)
+
+
+def test_missing_model_directory_is_refused():
+    with pytest.raises(ModelLoadError, match="is not a directory"):
+        EngineArgs(model="./no-such-model").resolve()
