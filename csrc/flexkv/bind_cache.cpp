@@ -17,6 +17,8 @@
 
 namespace nb = nanobind;
 
+namespace flexkv {
+
 namespace {
 
 using DigestArray = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -39,7 +41,7 @@ NewDigests to_digests(std::vector<std::uint8_t> digests, std::size_t digest_size
   return NewDigests(held->data(), {held->size() / digest_size, digest_size}, owner_of(held));
 }
 
-flexkv::Digests digests_of(const flexkv::RadixTree& tree, const DigestArray& digests) {
+Digests digests_of(const RadixTree& tree, const DigestArray& digests) {
   if (digests.shape(1) != tree.digest_size()) {
     throw std::invalid_argument("digests have " + std::to_string(tree.digest_size()) + " bytes here, not " +
                                 std::to_string(digests.shape(1)));
@@ -47,21 +49,20 @@ flexkv::Digests digests_of(const flexkv::RadixTree& tree, const DigestArray& dig
   return {digests.data(), digests.shape(0)};
 }
 
-std::pair<NewBlockIds, NewDigests> to_pair(const flexkv::RadixTree& tree, flexkv::Removal removal) {
+std::pair<NewBlockIds, NewDigests> to_pair(const RadixTree& tree, Removal removal) {
   return {to_block_ids(std::move(removal.block_ids)), to_digests(std::move(removal.digests), tree.digest_size())};
 }
 
 void translate_state_error(const std::exception_ptr& error, void*) {
   try {
     std::rethrow_exception(error);
-  } catch (const flexkv::StateError& state_error) {
+  } catch (const StateError& state_error) {
     PyErr_SetString(nb::module_::import_("flexkv.errors").attr("CacheStateError").ptr(), state_error.what());
   }
 }
 
 void bind_mempool(nb::module_& module) {
   using namespace nb::literals;
-  using flexkv::Mempool;
   nb::class_<Mempool>(module, "Mempool")
       .def(nb::init<std::size_t>(), "num_blocks"_a)
       .def(
@@ -86,8 +87,6 @@ void bind_mempool(nb::module_& module) {
 
 void bind_cache(nb::module_& module) {
   using namespace nb::literals;
-  using flexkv::Handle;
-  using flexkv::RadixTree;
   nb::register_exception_translator(translate_state_error);
   bind_mempool(module);
   nb::class_<RadixTree>(module, "RadixTree")
@@ -95,14 +94,14 @@ void bind_cache(nb::module_& module) {
       .def(
           "match",
           [](const RadixTree& tree, const DigestArray& sequence) {
-            const flexkv::MatchLength length = tree.match(digests_of(tree, sequence));
+            const MatchLength length = tree.match(digests_of(tree, sequence));
             return std::pair(length.num_present, length.num_ready);
           },
           "sequence"_a)
       .def(
           "lock_prefix",
           [](RadixTree& tree, const DigestArray& sequence, bool ready_only) {
-            const flexkv::LockedPrefix prefix = tree.lock_prefix(digests_of(tree, sequence), ready_only);
+            const LockedPrefix prefix = tree.lock_prefix(digests_of(tree, sequence), ready_only);
             return std::pair(prefix.handle, prefix.num_blocks);
           },
           "sequence"_a, "ready_only"_a)
@@ -110,7 +109,7 @@ void bind_cache(nb::module_& module) {
           "path_block_ids",
           [](const RadixTree& tree, Handle handle, std::size_t first, std::size_t count) {
             if (count > tree.counts().num_blocks + tree.counts().num_detached_blocks) {
-              throw flexkv::StateError("the tree does not have " + std::to_string(count) + " blocks");
+              throw StateError("the tree does not have " + std::to_string(count) + " blocks");
             }
             std::vector<std::int64_t> ids(count);
             tree.path_block_ids(handle, first, ids);
@@ -139,7 +138,7 @@ void bind_cache(nb::module_& module) {
           "num_blocks"_a)
       .def("counts",
            [](const RadixTree& tree) {
-             const flexkv::TreeCounts counts = tree.counts();
+             const TreeCounts counts = tree.counts();
              return std::tuple(counts.num_blocks, counts.num_ready_blocks, counts.num_detached_blocks, counts.num_nodes,
                                counts.num_locks);
            })
@@ -147,3 +146,5 @@ void bind_cache(nb::module_& module) {
       .def("all_block_ids", [](const RadixTree& tree) { return to_block_ids(tree.all_block_ids()); })
       .def("check_integrity", &RadixTree::check_integrity);
 }
+
+}  // namespace flexkv

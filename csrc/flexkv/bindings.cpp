@@ -1,10 +1,12 @@
 // `flexkv._native`: conversions only; `src/flexkv/_native.pyi` documents what Python sees.
 #include <nanobind/nanobind.h>
 
+namespace flexkv {
 void bind_cache(nanobind::module_& module);
 void bind_transfer(nanobind::module_& module);
+}  // namespace flexkv
 
 NB_MODULE(_native, module) {
-  bind_cache(module);
-  bind_transfer(module);
+  flexkv::bind_cache(module);
+  flexkv::bind_transfer(module);
 }

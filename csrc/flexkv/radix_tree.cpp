@@ -263,10 +263,19 @@ bool RadixTree::is_servable(Handle handle) const {
 }
 
 Removal RadixTree::remove(Handle handle, std::size_t num_blocks) {
-  const NodeIndex top = top_of_suffix(resolve(handle), num_blocks);
+  NodeIndex top = resolve(handle);
+  std::size_t covered = node(top).num_blocks;
+  while (covered < num_blocks && top != kRoot) {
+    top = node(top).parent;
+    covered += node(top).num_blocks;
+  }
+  if (num_blocks == 0 || top == kRoot) {
+    throw StateError("remove of the last " + std::to_string(num_blocks) + " blocks of a path that has " +
+                     std::to_string(covered));
+  }
   Removal removal;
   if (node(top).detached) return removal;
-  const NodeIndex parent = node(top).parent;
+  const NodeIndex parent = covered == num_blocks ? node(top).parent : split(top, covered - num_blocks);
   unlink(top);
   detach(top, is_servable(handle_of(parent)), removal);
   update_evictable(parent);

@@ -93,7 +93,7 @@ class RadixTree {
   bool is_servable(Handle handle) const;
 
   // Takes the last `num_blocks` blocks of the path, and everything below them, out of the index. No change when an
-  // earlier `remove` did. Throws StateError unless these blocks are whole nodes.
+  // earlier `remove` did. Throws StateError when the path is shorter, or num_blocks is 0.
   Removal remove(Handle handle, std::size_t num_blocks);
 
   // Gives one lock back; returns the blocks of detached nodes that nobody locks any more.

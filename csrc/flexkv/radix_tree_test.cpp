@@ -179,6 +179,19 @@ TEST_CASE("removing what could be served names it") {
   tree.check_integrity();
 }
 
+TEST_CASE("removing a part of a node splits it") {
+  RadixTree tree(kDigestSize, "lru");
+  store(tree, {1, 2, 3, 4}, 0);
+  const auto held = tree.lock_prefix(Sequence{1, 2, 3, 4}, true);
+  CHECK(tree.remove(held.handle, 3).digests.size() == 3 * kDigestSize);
+  tree.check_integrity();
+  CHECK(tree.match(Sequence{1, 2}).num_ready == 1);
+  CHECK(path(tree, held.handle, 4) == Ids{0, 1, 2, 3});
+  CHECK(tree.unlock(held.handle) == Ids{1, 2, 3});
+  tree.check_integrity();
+  CHECK(tree.evict(4).block_ids == Ids{0});
+}
+
 TEST_CASE("misuse is refused and changes nothing") {
   RadixTree tree(kDigestSize, "lru");
   store(tree, {1, 2}, 0);
@@ -189,6 +202,8 @@ TEST_CASE("misuse is refused and changes nothing") {
   CHECK_THROWS_AS(tree.set_ready(held.handle, 1), StateError);
   CHECK_THROWS_AS(tree.set_ready(held.handle, 3), StateError);
   CHECK_THROWS_AS(path(tree, held.handle, 3), StateError);
+  CHECK_THROWS_AS(tree.remove(held.handle, 3), StateError);
+  CHECK_THROWS_AS(tree.remove(held.handle, 0), StateError);
   CHECK_THROWS_AS(tree.unlock(held.handle + 1), StateError);
   const Handle writer = tree.insert(held.handle, more, Ids{5, 6});
   CHECK_THROWS_AS(tree.unlock(writer), StateError);

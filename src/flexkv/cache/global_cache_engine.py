@@ -4,7 +4,8 @@ The life of a plan, and of the blocks it inserts:
 
     plan_get / plan_put   the path is locked; new blocks are in the index, unready
     op_finished(ok)       they are ready, and announced once everything above them is ready too
-    op_finished(not ok)   they and everything below leave the index
+    op_finished(not ok)   they and everything below leave the index; so do the blocks a failed load was reading,
+                          which must not be promised again
     release               the path is unlocked; what left the index is free once nobody else locks it
 
 A plan that is released before its ops ran leaves the index as if it had never been made.
@@ -18,7 +19,6 @@ from typing import Literal
 
 from flexkv.cache.cache_engine import CacheEngine
 from flexkv.cache.cache_events import CacheEventLog
-from flexkv.cache.radixtree import Digests
 from flexkv.cache.transfer_pattern import DeviceTransfer, get_from_cpu, put_to_cpu
 from flexkv.common.block import SequenceMeta
 from flexkv.common.config import CacheConfig
@@ -58,7 +58,7 @@ class CacheStats:
     num_stored: int = 0
     num_evicted: int = 0
     num_failed: int = 0
-    """Inserted, then removed because their copy failed or was given up."""
+    """Removed because a copy into or out of them failed, or because a put was given up."""
     num_rejected: int = 0
     """Not stored for lack of room."""
     num_events_dropped: int = 0
@@ -69,8 +69,8 @@ class CacheStats:
 
 
 @dataclass(frozen=True, slots=True)
-class _NewBlocks:
-    """Blocks that an op fills: the last `num_blocks` of the path to `handle`."""
+class _BlockSpan:
+    """What an op reads or fills: the last `num_blocks` of the path to `handle`."""
 
     handle: int
     first_block: int
@@ -81,11 +81,12 @@ class _NewBlocks:
 class _OpenPlan:
     """What a plan holds until it is released."""
 
+    plan: CachePlan
     sequence: SequenceMeta
     lock: int
-    open_ops: set[int]
-    filling: dict[int, _NewBlocks] = field(default_factory=dict)
-    unannounced: list[_NewBlocks] = field(default_factory=list)
+    spans: dict[int, _BlockSpan]
+    """By id, the ops that have not ended."""
+    unannounced: list[_BlockSpan] = field(default_factory=list)
     """Ready, but below blocks that are not; locked until they are announced or gone."""
     is_released: bool = False
 
@@ -124,7 +125,7 @@ class GlobalCacheEngine:
             self._cpu.unlock(lock)
             return self._empty_plan("get", first_block)
         transfer = get_from_cpu(self._cpu.block_ids(lock, first_block, num_hit))
-        return self._open_plan("get", sequence, lock, transfer, first_block, num_hit)
+        return self._open_plan("get", sequence, transfer, _BlockSpan(lock, first_block, num_hit))
 
     def plan_put(self, sequence: SequenceMeta, first_block: int = 0) -> CachePlan:
         """Plan to store what the CPU tier lacks of a sequence whose blocks from `first_block` on the caller has.
@@ -146,17 +147,15 @@ class GlobalCacheEngine:
         if inserted is None:
             self._cpu.unlock(lock)
             return self._empty_plan("put", first_block)
-        num_blocks = len(inserted.block_ids)
         self._stats.num_evicted += len(inserted.evicted)
         self._events.removed(inserted.evicted)
-        transfer = put_to_cpu(inserted.block_ids)
-        plan = self._open_plan("put", sequence, inserted.handle, transfer, num_present, num_blocks)
-        filling = self._open[plan.plan_id].filling
-        filling[transfer.device_op.op_id] = _NewBlocks(inserted.handle, num_present, num_blocks)
-        return plan
+        span = _BlockSpan(inserted.handle, num_present, len(inserted.block_ids))
+        return self._open_plan("put", sequence, put_to_cpu(inserted.block_ids), span)
 
     def op_finished(self, plan: CachePlan, op_id: int, ok: bool) -> None:
-        """Note that an op ended: what it filled becomes ready, or leaves the index with everything below.
+        """Note that an op ended. Ok: what it filled becomes ready. Else: what it filled or read leaves the index.
+
+        An op that never began did not fail: release its plan instead.
 
         Raises:
             CacheStateError: the plan is released, or has no such op that has not ended.
@@ -164,18 +163,15 @@ class GlobalCacheEngine:
         held = self._open.get(plan.plan_id)
         if held is None or held.is_released:
             raise CacheStateError(f"op {op_id} ended after plan {plan.plan_id} was released")
-        if op_id not in held.open_ops:
+        span = held.spans.pop(op_id, None)
+        if span is None:
             raise CacheStateError(f"plan {plan.plan_id} has no op {op_id} that has not ended")
-        held.open_ops.remove(op_id)
-        new_blocks = held.filling.pop(op_id, None)
-        if new_blocks is None:
-            return
-        if ok:
-            self._cpu.set_ready(new_blocks.handle, new_blocks.num_blocks)
-            held.unannounced.append(new_blocks)
+        if not ok:
+            self._remove(span)
+        elif plan.kind == "put":
+            self._cpu.set_ready(span.handle, span.num_blocks)
+            held.unannounced.append(span)
             self._unannounced[plan.plan_id] = held
-        else:
-            self._remove(new_blocks)
         self._announce()
 
     def release(self, plan: CachePlan) -> None:
@@ -184,10 +180,10 @@ class GlobalCacheEngine:
         if held is None or held.is_released:
             return
         held.is_released = True
-        for new_blocks in held.filling.values():
-            self._remove(new_blocks)
-        held.filling.clear()
-        self._unlock_if_done(plan.plan_id, held)
+        if plan.kind == "put":
+            for span in held.spans.values():
+                self._remove(span)
+        self._unlock_if_done(held)
         self._announce()
 
     def take_events(self) -> list[BlockStored | BlockRemoved]:
@@ -254,49 +250,43 @@ class GlobalCacheEngine:
         return CachePlan(next(self._plan_ids), kind, None, first_block, 0)
 
     def _open_plan(
-        self,
-        kind: PlanKind,
-        sequence: SequenceMeta,
-        lock: int,
-        transfer: DeviceTransfer,
-        first_block: int,
-        num_blocks: int,
+        self, kind: PlanKind, sequence: SequenceMeta, transfer: DeviceTransfer, span: _BlockSpan
     ) -> CachePlan:
-        caller_op_ids = frozenset((transfer.device_op.op_id,))
-        plan = CachePlan(next(self._plan_ids), kind, transfer.graph, first_block, num_blocks, caller_op_ids)
-        self._open[plan.plan_id] = _OpenPlan(sequence, lock, set(transfer.graph.ops))
+        op_id = transfer.device_op.op_id
+        plan = CachePlan(
+            next(self._plan_ids), kind, transfer.graph, span.first_block, span.num_blocks, frozenset((op_id,))
+        )
+        self._open[plan.plan_id] = _OpenPlan(plan, sequence, span.handle, {op_id: span})
         return plan
 
-    def _remove(self, new_blocks: _NewBlocks) -> None:
+    def _remove(self, span: _BlockSpan) -> None:
         # Blocks of other plans may have come below; theirs leave too, since nothing reaches them any more.
-        served: Digests = self._cpu.remove(new_blocks.handle, new_blocks.num_blocks)
-        self._events.removed(served)
-        self._stats.num_failed += new_blocks.num_blocks
+        self._events.removed(self._cpu.remove(span.handle, span.num_blocks))
+        self._stats.num_failed += span.num_blocks
 
     def _announce(self) -> None:
         """Announce the ready blocks that everything above is ready for, parents first; drop those that are gone."""
-        waiting = [(blocks, plan_id) for plan_id, held in self._unannounced.items() for blocks in held.unannounced]
-        for blocks, plan_id in sorted(waiting, key=lambda item: item[0].first_block):
-            held = self._unannounced[plan_id]
-            if not self._settle(held.sequence, blocks):
+        waiting = [(span, held) for held in self._unannounced.values() for span in held.unannounced]
+        for span, held in sorted(waiting, key=lambda item: item[0].first_block):
+            if not self._settle(held.sequence, span):
                 continue
-            held.unannounced.remove(blocks)
+            held.unannounced.remove(span)
             if not held.unannounced:
-                del self._unannounced[plan_id]
-                self._unlock_if_done(plan_id, held)
+                del self._unannounced[held.plan.plan_id]
+                self._unlock_if_done(held)
 
-    def _settle(self, sequence: SequenceMeta, blocks: _NewBlocks) -> bool:
+    def _settle(self, sequence: SequenceMeta, span: _BlockSpan) -> bool:
         """Announce blocks that can be served, or drop those that left the index; False while neither holds."""
-        if not self._cpu.is_attached(blocks.handle):
-            self._stats.num_failed += blocks.num_blocks
+        if not self._cpu.is_attached(span.handle):
+            self._stats.num_failed += span.num_blocks
             return True
-        if not self._cpu.is_servable(blocks.handle):
+        if not self._cpu.is_servable(span.handle):
             return False
-        self._events.stored(sequence, blocks.first_block, blocks.num_blocks)
-        self._stats.num_stored += blocks.num_blocks
+        self._events.stored(sequence, span.first_block, span.num_blocks)
+        self._stats.num_stored += span.num_blocks
         return True
 
-    def _unlock_if_done(self, plan_id: int, held: _OpenPlan) -> None:
+    def _unlock_if_done(self, held: _OpenPlan) -> None:
         if held.is_released and not held.unannounced:
-            del self._open[plan_id]
+            del self._open[held.plan.plan_id]
             self._cpu.unlock(held.lock)

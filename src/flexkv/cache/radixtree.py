@@ -119,7 +119,7 @@ class RadixTree:
         Locked nodes of these give their blocks back with their last unlock. No change when they were removed before.
 
         Raises:
-            CacheStateError: these blocks are not whole nodes.
+            CacheStateError: the path is shorter, or `num_blocks` is 0.
         """
         return Removal(*self._native.remove(handle, num_blocks))
 
