@@ -5,6 +5,7 @@
 In process it is driven by its caller; `engine/core_proc.py` drives it in a process of its own.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -14,7 +15,7 @@ from folovllm.config import EngineConfig, KVEventsConfig
 from folovllm.core.kv_cache_utils import get_request_block_hasher
 from folovllm.core.kv_connector import KVConnectorRole, create_connector
 from folovllm.core.sched.scheduler import Scheduler
-from folovllm.engine.messages import EngineCoreOutputs, EngineCoreRequest
+from folovllm.engine.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from folovllm.executor.abstract import Executor
 from folovllm.request import BlockHashFn, Request, RequestStatus
 from kvblocks.events import KVEventBatch
@@ -39,10 +40,20 @@ class EngineCore:
             kvblocks.errors.PublisherError: the events' endpoint cannot be opened.
         """
         self.config = config
-        # Before the scheduler: the connector's worker half registers the KV tensors, its scheduler half relies on it.
-        self.executor = executor if executor is not None else Executor.create(config)
-        transfer = config.kv_transfer_config
-        self.connector = create_connector(config, KVConnectorRole.SCHEDULER) if transfer is not None else None
+        with contextlib.ExitStack() as built:
+            # First what may fail quickly: a port in use.
+            self._publisher = _make_publisher(config.kv_events_config, config.parallel_config.data_parallel_rank)
+            built.callback(self._publisher.close)
+            self._publisher.start()
+            # Before the connector's scheduler half: its worker half registers the KV tensors.
+            self.executor = executor if executor is not None else Executor.create(config)
+            built.callback(self.executor.shutdown)
+            transfer = config.kv_transfer_config
+            self.connector = create_connector(config, KVConnectorRole.SCHEDULER) if transfer is not None else None
+            if self.connector is not None:
+                built.callback(self.connector.shutdown)  # first to go, while the workers can still end its transfers
+            # Kept for `shutdown`, in reverse order; a failure above has released what was built so far.
+            self._resources = built.pop_all()
         has_events = config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events
         self.scheduler = Scheduler(
             config.scheduler_config,
@@ -53,16 +64,15 @@ class EngineCore:
             enable_kv_cache_events=has_events,
         )
         self._block_hash_fn = self._make_block_hash_fn()
-        self._publisher = _make_publisher(config.kv_events_config, config.parallel_config.data_parallel_rank)
-        self._publisher.start()
+        # Outputs of steps that `reset_prefix_cache` ran; they leave with the next step.
+        self._kept_outputs: list[EngineCoreOutput] = []
         # Never set: a step that could only poll for transfers waits on it.
         self._pause = threading.Event()
-        self._is_shut_down = False
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do; false again once the runner knows who finished and transfers ended."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._kept_outputs)
 
     @property
     def capacity_tokens(self) -> int:
@@ -83,15 +93,9 @@ class EngineCore:
 
     def step(self) -> EngineCoreOutputs:
         """Compute one step; without tokens to compute it still runs the connector's hooks."""
-        if not self.has_work:
-            return EngineCoreOutputs(scheduler_stats=self.scheduler.make_stats())
-        scheduler_output = self.scheduler.schedule()
-        runner_output = self.executor.execute_model(scheduler_output)
-        outputs = self.scheduler.update_from_output(scheduler_output, runner_output)
-        self._publish_events()
-        if not scheduler_output.total_num_scheduled_tokens and self.scheduler.has_pending_transfers:
-            # All there is to do is to wait for the connector, whose contract has no way to be told but to ask.
-            self._pause.wait(_TRANSFER_POLL_S)
+        outputs, self._kept_outputs = self._kept_outputs, []
+        if self.scheduler.has_work:
+            outputs += self._step()
         return EngineCoreOutputs(outputs=outputs, scheduler_stats=self.scheduler.make_stats())
 
     def reset_prefix_cache(self, reset_connector: bool = False) -> bool:
@@ -100,8 +104,8 @@ class EngineCore:
         Refused (False) while requests run. Transfers of finished requests are waited for, for a few seconds.
         """
         deadline = time.monotonic() + _RESET_TIMEOUT_S
-        while not self.scheduler.has_unfinished_requests and self.has_work and time.monotonic() < deadline:
-            self.step()
+        while not self.scheduler.has_unfinished_requests and self.scheduler.has_work and time.monotonic() < deadline:
+            self._kept_outputs += self._step()
         store_remains = self.connector is not None and not reset_connector
         if not self.scheduler.kv_cache_manager.reset_prefix_cache(other_tiers_remain=store_remains):
             return False
@@ -113,13 +117,17 @@ class EngineCore:
 
     def shutdown(self) -> None:
         """Release everything; idempotent."""
-        if self._is_shut_down:
-            return
-        self._is_shut_down = True
-        self.executor.shutdown()
-        if self.connector is not None:
-            self.connector.shutdown()
-        self._publisher.close()
+        self._resources.close()
+
+    def _step(self) -> list[EngineCoreOutput]:
+        scheduler_output = self.scheduler.schedule()
+        runner_output = self.executor.execute_model(scheduler_output)
+        outputs = self.scheduler.update_from_output(scheduler_output, runner_output)
+        self._publish_events()
+        if not scheduler_output.total_num_scheduled_tokens and self.scheduler.has_pending_transfers:
+            # All there is to do is to wait for the connector, whose contract has no way to be told but to ask.
+            self._pause.wait(_TRANSFER_POLL_S)
+        return outputs
 
     def _make_block_hash_fn(self) -> BlockHashFn | None:
         cache = self.config.cache_config

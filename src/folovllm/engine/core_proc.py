@@ -1,0 +1,236 @@
+"""The engine core in a process of its own. Mirrors vllm/v1/engine/core.py (EngineCoreProc).
+
+    front end (binds)                           engine core process (connects)
+    PUSH input_endpoint   -- ToCore, msgpack -->  thread "core-input" --> inbox (bounded) --> main thread: steps
+    PULL output_endpoint  <- FromCore, msgpack -------------------------------------------- main thread
+    stdin pipe            -- end of file -->      thread "core-watchdog" --> stop (the front end is gone)
+    SIGTERM               ---------------->       thread "core-watchdog" --> stop
+
+The process ends on ShutdownCore, SIGTERM, or when its parent is gone, however that ended: the pipe closes with it.
+(Linux could send a signal on the parent's death, but does so when the *thread* ends that started the child.) SIGINT is
+ignored: a Ctrl-C reaches the whole process group, and the front end decides.
+"""
+
+import argparse
+import logging
+import os
+import queue
+import select
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from folovllm.config import EngineArgs
+from folovllm.engine.core import EngineCore
+from folovllm.engine.core_handle import EngineCoreHandle, start_engine_core
+from folovllm.engine.messages import (
+    AbortRequests,
+    CallResult,
+    CoreDied,
+    CoreReady,
+    EngineCoreRequest,
+    FromCore,
+    ResetPrefixCache,
+    ShutdownCore,
+    ToCore,
+)
+from folovllm.errors import InvalidRequestError
+
+__all__ = ["EngineCoreHandle", "EngineCoreProc", "run_engine_core", "start_engine_core"]
+
+logger = logging.getLogger(__name__)
+
+_INBOX_SIZE = 1024  # when full the input thread waits, then ZMQ's queues fill, then the front end's send fails
+_OUTPUT_HWM = 10_000
+_POLL_MS = 1000
+_LINGER_MS = 2000
+_EXIT_GRACE_S = 10.0
+
+
+class EngineCoreProc:
+    """The process's main loop around an EngineCore; `run` returns when the process shall end."""
+
+    def __init__(self, input_endpoint: str, output_endpoint: str) -> None:
+        self._context = zmq.Context()
+        # Owned by the main thread:
+        self._output = self._context.socket(zmq.PUSH)
+        self._output.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._output.set_hwm(_OUTPUT_HWM)
+        self._output.connect(output_endpoint)
+        self._encoder = msgspec.msgpack.Encoder()
+        # Owned by the input thread once it runs:
+        self._input = self._context.socket(zmq.PULL)
+        self._input.setsockopt(zmq.LINGER, 0)
+        self._input.connect(input_endpoint)
+        self._inbox: queue.Queue[ToCore] = queue.Queue(_INBOX_SIZE)
+        self._stop = threading.Event()
+        self._input_thread = threading.Thread(target=self._read_input, name="core-input", daemon=True)
+
+    def run(self, build_core: Callable[[], EngineCore]) -> int:
+        """Build the core, serve it until told to stop, release it; returns the exit code.
+
+        A failure is the front end's to report: it gets the reason as CoreDied.
+        """
+        core = None
+        try:
+            self._input_thread.start()
+            core = build_core()
+            self._send(
+                CoreReady(
+                    num_kv_blocks=core.config.cache_config.num_kv_blocks,
+                    max_model_len=core.capacity_tokens,
+                )
+            )
+            self._serve(core)
+            return 0
+        except Exception as error:  # the process's outermost boundary
+            logger.exception("engine core failed")
+            self._send(CoreDied(f"{type(error).__name__}: {error}"))
+            return 1
+        finally:
+            self._stop.set()
+            if core is not None:
+                core.shutdown()
+            self._output.close()
+            self._context.term()  # wakes the input thread, which closes its socket
+            self._input_thread.join(_EXIT_GRACE_S)
+
+    def stop(self) -> None:
+        """End the loop after the step under way; any thread may call it."""
+        self._stop.set()
+        try:
+            self._inbox.put_nowait(ShutdownCore())  # wakes an idle loop; a full inbox needs no waking
+        except queue.Full:
+            logger.debug("inbox full while stopping")
+
+    def _serve(self, core: EngineCore) -> None:
+        while not self._stop.is_set():
+            if not core.has_work:
+                self._handle(core, self._inbox.get())
+            while not self._inbox.empty():
+                self._handle(core, self._inbox.get())
+            if core.has_work and not self._stop.is_set():
+                self._send(core.step())
+
+    def _handle(self, core: EngineCore, message: ToCore) -> None:
+        match message:
+            case EngineCoreRequest():
+                try:
+                    core.add_request(message)
+                except InvalidRequestError as error:
+                    logger.error("request refused request_id=%s: %s", message.request_id, error)
+            case AbortRequests():
+                core.abort_requests(message.request_ids)
+            case ResetPrefixCache():
+                self._send(CallResult(message.call_id, core.reset_prefix_cache(message.reset_connector)))
+            case ShutdownCore():
+                self._stop.set()
+
+    def _send(self, message: FromCore) -> None:
+        payload = self._encoder.encode(message)
+        # A front end that does not read stalls the core, which is right; one that is gone stops it.
+        while not self._output.poll(_POLL_MS, zmq.POLLOUT):
+            if self._stop.is_set():
+                logger.warning("front end does not read; dropped %s", type(message).__name__)
+                return
+        self._output.send(payload)
+
+    def _read_input(self) -> None:
+        decoder = msgspec.msgpack.Decoder(ToCore)
+        try:
+            while True:
+                payload = self._input.recv()
+                try:
+                    self._put(decoder.decode(payload))
+                except (msgspec.MsgspecError, InvalidRequestError) as error:
+                    logger.error("message from the front end cannot be read bytes=%d: %s", len(payload), error)
+        except zmq.ContextTerminated:
+            logger.debug("input closed")  # the main thread is done
+        except Exception:  # a thread's boundary: a core that is deaf must not live on
+            logger.exception("input thread failed")
+            self.stop()
+        finally:
+            self._input.close()
+
+    def _put(self, message: ToCore) -> None:
+        while not self._stop.is_set():
+            try:
+                self._inbox.put(message, timeout=_POLL_MS / 1000)
+            except queue.Full:
+                continue
+            return
+
+
+def run_engine_core(args: EngineArgs, input_endpoint: str, output_endpoint: str, runtime_dir: Path) -> int:
+    """Main of the engine core process; `runtime_dir` is removed if the front end is gone without doing so."""
+    return serve_until_stopped(lambda: EngineCore(args.resolve()), input_endpoint, output_endpoint, runtime_dir)
+
+
+def serve_until_stopped(
+    build_core: Callable[[], EngineCore], input_endpoint: str, output_endpoint: str, runtime_dir: Path
+) -> int:
+    """Serve a core under the process's signals and its parent's life; to be called in the main thread."""
+    proc = EngineCoreProc(input_endpoint, output_endpoint)
+    finished = threading.Event()
+    wakeup_fd = _install_signal_handlers()
+    watchdog = threading.Thread(
+        target=_watch, args=(proc, wakeup_fd, finished, runtime_dir), name="core-watchdog", daemon=True
+    )
+    watchdog.start()
+    try:
+        return proc.run(build_core)
+    finally:
+        finished.set()
+
+
+def _install_signal_handlers() -> int:
+    """Let SIGTERM write to a pipe, which is returned; a Python handler would run in the main thread, amid a step."""
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    signal.set_wakeup_fd(write_fd)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return read_fd
+
+
+def _watch(proc: EngineCoreProc, wakeup_fd: int, finished: threading.Event, runtime_dir: Path) -> None:
+    """Wait for SIGTERM or for the parent's end, stop the loop, and make sure that the process does end."""
+    parent = os.getppid()
+    poller = select.poll()
+    poller.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
+    poller.register(wakeup_fd, select.POLLIN)
+    # The pipe tells at once; asking for the parent as well covers a pipe that a fork of the parent keeps open.
+    while not (ready := poller.poll(_POLL_MS)) and os.getppid() == parent:
+        if finished.is_set():
+            return
+    has_parent = any(fd == wakeup_fd for fd, _ in ready)
+    logger.info("engine core stops reason=%s", "SIGTERM" if has_parent else "front end gone")
+    proc.stop()
+    is_finished = finished.wait(_EXIT_GRACE_S)
+    if not has_parent:
+        shutil.rmtree(runtime_dir, ignore_errors=True)
+    if not is_finished:
+        logger.error("engine core did not stop in time; exits now")
+        os._exit(1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the process: the first line of stdin is the EngineArgs as JSON, then stdin stays open."""
+    parser = argparse.ArgumentParser(description="Engine core process; started by the front end.")
+    parser.add_argument("--input", required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--runtime-dir", type=Path, required=True)
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    args = EngineArgs.from_options(msgspec.json.decode(sys.stdin.buffer.readline()))
+    return run_engine_core(args, options.input, options.output, options.runtime_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
