@@ -4,6 +4,7 @@ The nested names are vLLM's (vllm/config), so that a KV connector written for it
 """
 
 import difflib
+import logging
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -13,6 +14,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from folovllm.errors import ConfigError, ModelLoadError
+
+logger = logging.getLogger(__name__)
 
 AttentionBackendName = Literal["auto", "torch_naive", "torch_sdpa"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,6 +64,7 @@ class ModelConfig:
     hf_config: PretrainedConfig
     dtype: torch.dtype
     max_model_len: int
+    """Longest request, prompt and output, in tokens; one that long fits the KV cache."""
     seed: int
     skip_tokenizer_init: bool
 
@@ -74,7 +78,8 @@ class ModelConfig:
 
     def get_num_kv_heads(self, parallel_config: ParallelConfig) -> int:
         """Key/value heads on one rank."""
-        return int(self.hf_config.num_key_value_heads) // parallel_config.tensor_parallel_size
+        num_heads = getattr(self.hf_config, "num_key_value_heads", None) or self.hf_config.num_attention_heads
+        return int(num_heads) // parallel_config.tensor_parallel_size
 
     def get_head_size(self) -> int:
         """Elements of one head; not always hidden_size / num_attention_heads."""
@@ -140,8 +145,11 @@ class EngineArgs:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = None
+    """Longest request, prompt and output, in tokens; None takes the model's context. Cut to what the KV cache holds."""
     max_num_seqs: int = 64
+    """Most requests in one step; never more than `max_num_batched_tokens`."""
     max_num_batched_tokens: int = 2048
+    """Most tokens in one step; without chunked prefill raised to `max_model_len`."""
     block_size: int = 16
     num_kv_blocks: int | None = None
     """Blocks of the device pool; else `kv_cache_memory_gb` decides."""
@@ -181,6 +189,7 @@ class EngineArgs:
         self._check_ranges()
         directory = resolve_checkpoint(self.model)
         hf_config = _load_hf_config(directory)
+        _check_fields(directory, hf_config)
         context = int(hf_config.max_position_embeddings)
         if self.max_model_len is not None and self.max_model_len > context:
             raise ConfigError(f"max_model_len={self.max_model_len} exceeds the model's context of {context} tokens")
@@ -199,7 +208,10 @@ class EngineArgs:
             model_config=model_config,
             cache_config=CacheConfig(self.block_size, 0, self.enable_prefix_caching),
             scheduler_config=SchedulerConfig(
-                self.max_num_seqs, self._token_budget(model_config.max_model_len), self.enable_chunked_prefill
+                # Each running request needs a token of the budget, or those at the end would starve.
+                max_num_seqs=min(self.max_num_seqs, self.max_num_batched_tokens),
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                enable_chunked_prefill=self.enable_chunked_prefill,
             ),
             parallel_config=parallel_config,
             device=device,
@@ -208,15 +220,7 @@ class EngineArgs:
             kv_events_config=_convert("kv_events_config", self.kv_events_config, KVEventsConfig),
             num_threads=self.num_threads,
         )
-        return _with_kv_blocks(config, self._num_kv_blocks(config.kv_block_bytes))
-
-    def _token_budget(self, max_model_len: int) -> int:
-        # Without chunking a prompt runs in one step, so the budget must hold the longest one.
-        return (
-            self.max_num_batched_tokens
-            if self.enable_chunked_prefill
-            else max(self.max_num_batched_tokens, max_model_len)
-        )
+        return _fit_to_pool(config, self._num_kv_blocks(config.kv_block_bytes))
 
     def _num_kv_blocks(self, block_bytes: int) -> int:
         if self.num_kv_blocks is not None:
@@ -279,6 +283,15 @@ def _load_hf_config(directory: Path) -> PretrainedConfig:
         raise ModelLoadError(f"{directory / 'config.json'} cannot be read: {error}") from error
 
 
+def _check_fields(directory: Path, hf_config: PretrainedConfig) -> None:
+    for name in ("max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        if not getattr(hf_config, name, None):
+            architectures = ", ".join(getattr(hf_config, "architectures", None) or ["unknown"])
+            raise ModelLoadError(
+                f"{directory / 'config.json'} ({architectures}) has no {name}: not a decoder we can run"
+            )
+
+
 def _resolve_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda' is not available here; use 'cpu' or 'auto'")
@@ -306,5 +319,26 @@ def _convert(name: str, value: Any, kind: type[Any]) -> Any:
         raise ConfigError(f"{name} is not valid: {error}; known keys: {allowed}") from error
 
 
-def _with_kv_blocks(config: EngineConfig, num_kv_blocks: int) -> EngineConfig:
-    return replace(config, cache_config=replace(config.cache_config, num_kv_blocks=num_kv_blocks))
+def _fit_to_pool(config: EngineConfig, num_kv_blocks: int) -> EngineConfig:
+    """Set the pool's size and what depends on it."""
+    model, scheduler = config.model_config, config.scheduler_config
+    capacity = (num_kv_blocks - 1) * config.cache_config.block_size  # block 0 is the null block
+    max_model_len = min(model.max_model_len, capacity)
+    if max_model_len < model.max_model_len:
+        logger.warning(
+            "max_model_len=%d is more than the KV cache holds; using %d (num_kv_blocks=%d); "
+            "raise num_kv_blocks or kv_cache_memory_gb for longer requests",
+            model.max_model_len,
+            max_model_len,
+            num_kv_blocks,
+        )
+    if not scheduler.enable_chunked_prefill:
+        # A prompt runs in one step, so the budget must hold the longest one.
+        budget = max(scheduler.max_num_batched_tokens, max_model_len)
+        scheduler = replace(scheduler, max_num_batched_tokens=budget)
+    return replace(
+        config,
+        model_config=replace(model, max_model_len=max_model_len),
+        cache_config=replace(config.cache_config, num_kv_blocks=num_kv_blocks),
+        scheduler_config=scheduler,
+    )
