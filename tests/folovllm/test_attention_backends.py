@@ -9,7 +9,7 @@ import torch
 from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from folovllm.attention.backends.torch_sdpa import TorchSdpaBackend, padded_num_blocks
-from folovllm.attention.ops import gather_kv, write_kv
+from folovllm.attention.ops import block_rows, gather_kv, write_kv
 from folovllm.attention.selector import BACKENDS, select_backend
 from folovllm.errors import ConfigError
 
@@ -143,9 +143,9 @@ def test_padding_wastes_at_most_a_third_and_yields_few_lengths():
 
 def test_gather_returns_what_write_stored():
     _, cache, metadata, kvs = make_step([(9, 9)], 2)
-    key, value = gather_kv(cache, metadata.block_tables[0, :3])
-    assert torch.equal(key[:, :9].transpose(0, 1), kvs[0][0])
-    assert torch.equal(value[:, :9].transpose(0, 1), kvs[0][1])
+    key, value = gather_kv(cache, block_rows(metadata.block_tables[:1, :3], KV_HEADS))
+    assert torch.equal(key[0, :, :9].transpose(0, 1), kvs[0][0])
+    assert torch.equal(value[0, :, :9].transpose(0, 1), kvs[0][1])
 
 
 def test_one_block_of_one_layer_is_contiguous_with_k_before_v():

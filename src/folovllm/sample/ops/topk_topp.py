@@ -8,7 +8,6 @@ Mirrors vllm/v1/sample/ops/topk_topp_sampler.py.
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 SMALLEST_BUCKET = 8
 FIRST_NUCLEUS = 64
@@ -101,13 +100,15 @@ def _nucleus(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
 
 def _draw_any(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Over the whole vocabulary: first find the segment, then the token in it."""
-    weights = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
-    segments = F.pad(weights, (0, -weights.shape[1] % SEGMENT)).view(len(weights), -1, SEGMENT)
-    masses = segments.sum(dim=-1, dtype=torch.float64)
+    num_rows, vocab_size = logits.shape
+    weights = logits.new_zeros(num_rows, vocab_size + -vocab_size % SEGMENT)
+    torch.sub(logits, logits.amax(dim=-1, keepdim=True), out=weights[:, :vocab_size]).exp_()
+    segments = weights.view(num_rows, -1, SEGMENT)
+    masses = segments.sum(dim=-1).double()
     ends = masses.cumsum(dim=-1)
     target = _below(uniform * ends[:, -1], ends[:, -1])
     segment = torch.searchsorted(ends, target[:, None], right=True).squeeze(1)
-    rows = torch.arange(len(weights), device=logits.device)
+    rows = torch.arange(num_rows, device=logits.device)
     mass = masses[rows, segment]
     within = (target - (ends[rows, segment] - mass)).clamp(min=0.0) / mass
     return segment * SEGMENT + _invert(segments[rows, segment], within)
