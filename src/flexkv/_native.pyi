@@ -46,3 +46,36 @@ class RadixTree:
     def memory_bytes(self) -> int: ...
     def all_block_ids(self) -> _BlockIds: ...
     def check_integrity(self) -> None: ...
+
+class DeviceSide:
+    """One rank's KV tensors: `dims` are (size, stride in bytes), in the order the pool keeps them."""
+
+    def __init__(
+        self,
+        layers: list[int],
+        num_blocks: int,
+        block_stride: int,
+        dims: list[tuple[int, int]],
+        element_bytes: int,
+    ) -> None: ...
+
+class PoolSide:
+    """The pool as one rank sees it; `offset` bytes into each block its slice begins."""
+
+    def __init__(self, base: int, num_blocks: int, block_stride: int, offset: int) -> None: ...
+
+class HostTransfer:
+    """Copies blocks between the two sides. See csrc/flexkv/transfer_host.h. Thread-safe; releases the GIL."""
+
+    def __init__(self, device: DeviceSide, pool: PoolSide, num_threads: int) -> None: ...
+    def copy(
+        self,
+        *,
+        to_device: bool,
+        device_blocks: _BlockIds,
+        pool_blocks: _BlockIds,
+        first_layer: int,
+        num_layers: int,
+    ) -> None: ...
+    @property
+    def layer_bytes(self) -> int: ...

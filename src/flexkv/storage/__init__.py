@@ -1,0 +1,1 @@
+"""Where bytes live: the pool of the CPU tier."""
