@@ -1,0 +1,210 @@
+"""From what the core produced to what each caller reads. Mirrors vllm/v1/engine/output_processor.py.
+
+The processor puts into a request's mailbox, its caller takes out. The mailbox holds one delta: what arrives while the
+caller is busy is merged into it, so a slow caller costs no more memory than the text itself.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from folovllm.engine.detokenizer import IncrementalDetokenizer
+from folovllm.engine.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from folovllm.metrics.stats import EngineMetrics
+from folovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from folovllm.transformers_utils.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class RequestDelta:
+    """What one request gained since its caller last looked."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def merge(self, later: "RequestDelta") -> None:
+        """Append what came after."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
+
+
+class RequestState:
+    """One request between its arrival and its last delta, with its mailbox. Used by one thread."""
+
+    def __init__(self, request: EngineCoreRequest, prompt: str | None, detokenizer: IncrementalDetokenizer | None):
+        self.request_id = request.request_id
+        self.prompt = prompt
+        self.prompt_token_ids = request.prompt_token_ids
+        self.num_cached_tokens = 0
+        self.num_external_cached_tokens = 0
+        self.num_output_tokens = 0
+        self.metrics = RequestMetrics(arrival_time=time.monotonic())
+        self.on_ready: Callable[[], None] = _nothing
+        """Called after something was put into the mailbox."""
+        self._detokenizer = detokenizer
+        self._mailbox: RequestDelta | None = None
+        self._error: Exception | None = None
+        self.finished = False
+        """Whether its last delta was put into the mailbox."""
+
+    def add(self, output: EngineCoreOutput) -> RequestDelta:
+        """Detokenise one step's output and put it into the mailbox; returns what was put there."""
+        if self.num_output_tokens == 0:
+            self.num_cached_tokens = output.num_cached_tokens
+            self.num_external_cached_tokens = output.num_external_cached_tokens
+        delta = self._detokenize(output)
+        self.num_output_tokens += len(delta.token_ids)
+        if self._mailbox is None:
+            self._mailbox = RequestDelta()
+        self._mailbox.merge(delta)
+        self.finished = delta.finish_reason is not None
+        self.on_ready()
+        return delta
+
+    def fail(self, error: Exception) -> None:
+        """Make the caller's next `take` raise `error`, once it has taken what arrived before."""
+        self._error = error
+        self.on_ready()
+
+    def take(self) -> RequestDelta | None:
+        """Empty the mailbox; None when nothing arrived.
+
+        Raises:
+            EngineDeadError: the core died.
+        """
+        if self._mailbox is None and self._error is not None:
+            raise self._error
+        delta, self._mailbox = self._mailbox, None
+        return delta
+
+    def snapshot(self, completion: CompletionOutput) -> RequestOutput:
+        """What users see of this request, `completion` being its sequence so far."""
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[completion],
+            num_cached_tokens=self.num_cached_tokens,
+            num_external_cached_tokens=self.num_external_cached_tokens,
+            metrics=self.metrics,
+        )
+
+    def _detokenize(self, output: EngineCoreOutput) -> RequestDelta:
+        delta = RequestDelta(
+            token_ids=list(output.new_token_ids), finish_reason=output.finish_reason, stop_reason=output.stop_reason
+        )
+        if self._detokenizer is None:
+            return delta
+        # The token that ended the request (end of sequence, or a stop token) is no part of its text.
+        shown = delta.token_ids[:-1] if output.finish_reason == "stop" else delta.token_ids
+        for index, token_id in enumerate(shown):
+            text, stop = self._detokenizer.update(token_id)
+            delta.text += text
+            if stop is not None:
+                delta.token_ids = delta.token_ids[: index + 1]
+                delta.finish_reason, delta.stop_reason = "stop", stop
+                return delta
+        if output.finish_reason is not None:
+            delta.text += self._detokenizer.finish()
+        return delta
+
+
+class Accumulator:
+    """Adds deltas up to the sequence so far, for callers who want all of it each time."""
+
+    def __init__(self) -> None:
+        self.completion = CompletionOutput(index=0, text="", token_ids=[])
+
+    def add(self, delta: RequestDelta) -> CompletionOutput:
+        """A new completion with `delta` appended; earlier ones stay as they were."""
+        before = self.completion
+        self.completion = CompletionOutput(
+            index=0,
+            text=before.text + delta.text,
+            token_ids=before.token_ids + delta.token_ids,
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+        )
+        return self.completion
+
+
+class OutputProcessor:
+    """All requests in flight of one front end. Used by one thread."""
+
+    def __init__(self, tokenizer: Tokenizer | None, metrics: EngineMetrics | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._states: dict[str, RequestState] = {}
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def add_request(self, request: EngineCoreRequest, prompt: str | None = None) -> RequestState:
+        """Start to follow a request; to be called before the core's outputs are processed."""
+        detokenizer = None
+        if self._tokenizer is not None:
+            detokenizer = IncrementalDetokenizer.create(
+                self._tokenizer, request.sampling_params, request.prompt_token_ids
+            )
+        state = RequestState(request, prompt, detokenizer)
+        self._states[request.request_id] = state
+        return state
+
+    def process(self, outputs: EngineCoreOutputs) -> list[str]:
+        """Hand a step's outputs to their requests.
+
+        Returns:
+            Ids of requests that ended here, by a stop string, while the core goes on: it must be told to abort them.
+        """
+        now = time.monotonic()
+        to_abort = []
+        if self._metrics is not None and outputs.scheduler_stats is not None:
+            self._metrics.observe_scheduler(outputs.scheduler_stats)
+        for output in outputs.outputs:
+            state = self._states.get(output.request_id)
+            if state is None:  # aborted in the meantime
+                continue
+            delta = state.add(output)
+            self._observe(state, delta, now)
+            if delta.finish_reason is not None:
+                del self._states[state.request_id]
+                if output.finish_reason is None:
+                    to_abort.append(state.request_id)
+        return to_abort
+
+    def abort(self, request_id: str) -> bool:
+        """Stop to follow a request whose caller has left; returns whether it was still going."""
+        if self._states.pop(request_id, None) is None:
+            return False
+        if self._metrics is not None:
+            self._metrics.observe_finish("abort", None)
+        return True
+
+    def fail_all(self, error: Exception) -> None:
+        """The core is gone: give the error to every caller that waits."""
+        states, self._states = self._states, {}
+        for state in states.values():
+            state.fail(error)
+            if self._metrics is not None:
+                self._metrics.observe_finish("error", None)
+
+    def _observe(self, state: RequestState, delta: RequestDelta, now: float) -> None:
+        metrics, times = self._metrics, state.metrics
+        if delta.token_ids:
+            previous, times.last_token_time = times.last_token_time, now
+            if previous is None:
+                times.first_token_time = now
+            if metrics is not None:
+                metrics.observe_tokens(len(delta.token_ids), None if previous is None else now - previous)
+                if previous is None:
+                    metrics.observe_first_token(len(state.prompt_token_ids), now - times.arrival_time)
+        if delta.finish_reason is not None and metrics is not None:
+            metrics.observe_finish(delta.finish_reason, now - times.arrival_time)
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,1 @@
+"""What the engine counts, under vLLM's metric names."""

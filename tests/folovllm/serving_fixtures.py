@@ -1,0 +1,211 @@
+"""A real byte-level tokenizer, and a core without a model that speaks the engine's messages."""
+
+import json
+import multiprocessing
+import tempfile
+from collections import deque
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import msgspec
+import tokenizers
+import zmq
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from folovllm.engine.messages import (
+    AbortRequests,
+    CallResult,
+    CoreDied,
+    CoreReady,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    ResetPrefixCache,
+    SchedulerStats,
+    ShutdownCore,
+    ToCore,
+)
+from folovllm.transformers_utils.tokenizer import Tokenizer
+
+PARAGRAPH = """A block holds the keys and values of a few tokens. When two prompts begin alike, their first blocks are the
+same, and the second prompt need not compute them again: it finds them by the hash of its tokens. Größe, naïve, façade,
+señor; 東京は日本の首都です。 Москва и Ленинград. The cache is full when no block is free; then the oldest one goes. 🎉🎊👩‍👩‍👧"""
+EOS = "<|im_end|>"
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", EOS)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+BLOCK_SIZE = 16
+NUM_KV_BLOCKS = 65
+MAX_MODEL_LEN = 512
+
+
+@cache
+def make_backend(vocab_size: int = 400) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer, trained on a paragraph."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([PARAGRAPH], trainer)
+    return backend
+
+
+def write_tokenizer(directory: Path) -> None:
+    """tokenizer.json, tokenizer_config.json with a chat template."""
+    directory.mkdir(parents=True, exist_ok=True)
+    make_backend().save(str(directory / "tokenizer.json"))
+    config = {"eos_token": EOS, "pad_token": {"content": SPECIAL_TOKENS[0]}, "chat_template": CHAT_TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_front_end_files(directory: Path) -> Path:
+    """What a front end reads of a checkpoint: everything but weights."""
+    write_tokenizer(directory)
+    tokenizer = Tokenizer.from_checkpoint(directory)
+    config = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@dataclass
+class FakeCore:
+    """An engine core whose model repeats the prompt for ever: token i of the output is token i of the prompt, cyclic.
+
+    It takes at most `max_num_seqs` requests at once, one token each per step; a prompt seen before counts as cached.
+    """
+
+    max_num_seqs: int = 8
+    running: dict[str, tuple[EngineCoreRequest, int]] = field(default_factory=dict)
+    waiting: deque[EngineCoreRequest] = field(default_factory=deque)
+    aborted: list[str] = field(default_factory=list)
+    seen: set[tuple[int, ...]] = field(default_factory=set)
+    queries: int = 0
+    hits: int = 0
+    is_shut_down: bool = False
+
+    def add_request(self, request: EngineCoreRequest) -> None:
+        self.waiting.append(request)
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
+        for request_id in request_ids:
+            self.running.pop(request_id, None)
+        self.waiting = deque(r for r in self.waiting if r.request_id not in request_ids)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def step(self) -> EngineCoreOutputs:
+        cached = {}
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            request = self.waiting.popleft()
+            prompt = tuple(request.prompt_token_ids)
+            cached[request.request_id] = len(prompt) - 1 if prompt in self.seen else 0
+            self.queries += len(prompt)
+            self.hits += cached[request.request_id]
+            self.seen.add(prompt)
+            self.running[request.request_id] = (request, 0)
+        outputs = [self._advance(*entry, cached) for entry in list(self.running.values())]
+        stats = SchedulerStats(
+            num_running_reqs=len(self.running),
+            num_waiting_reqs=len(self.waiting),
+            prefix_cache_queries=self.queries,
+            prefix_cache_hits=self.hits,
+            num_cached_blocks=len(self.seen),
+        )
+        return EngineCoreOutputs(outputs=outputs, scheduler_stats=stats)
+
+    def _advance(self, request: EngineCoreRequest, done: int, cached: dict[str, int]) -> EngineCoreOutput:
+        params, prompt = request.sampling_params, request.prompt_token_ids
+        token = prompt[done % len(prompt)]
+        reason = None
+        if token in request.eos_token_ids and not params.ignore_eos:
+            reason = "stop"
+        elif done + 1 == params.max_tokens:
+            reason = "length"
+        self.running[request.request_id] = (request, done + 1)
+        if reason is not None:
+            del self.running[request.request_id]
+        return EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=[token],
+            finish_reason=reason,
+            num_cached_tokens=cached.get(request.request_id, 0),
+        )
+
+    def reset_prefix_cache(self, reset_connector: bool = False) -> bool:
+        if self.has_work:
+            return False
+        self.seen.clear()
+        return True
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+
+
+@dataclass
+class FakeHandle:
+    """A started fake core process."""
+
+    process: BaseProcess
+    input_endpoint: str
+    output_endpoint: str
+    directory: tempfile.TemporaryDirectory[str]
+
+    def close(self) -> None:
+        self.directory.cleanup()
+
+
+def start_fake_core(death: str | None = None, step_ms: int = 1) -> FakeHandle:
+    """A process that runs a FakeCore: dies of `death` instead of loading; a step takes `step_ms`."""
+    directory = tempfile.TemporaryDirectory(prefix="fake-core-")
+    endpoints = [f"ipc://{directory.name}/{name}" for name in ("input", "output")]
+    process = multiprocessing.get_context("spawn").Process(target=run_fake_core, args=(*endpoints, death, step_ms))
+    process.start()
+    return FakeHandle(process, endpoints[0], endpoints[1], directory)
+
+
+def run_fake_core(input_endpoint: str, output_endpoint: str, death: str | None, step_ms: int) -> None:
+    """Entry point of the fake core's process."""
+    context = zmq.Context()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    inbox.connect(input_endpoint)
+    outbox.connect(output_endpoint)
+    encode, decoder = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(ToCore)
+    if death is not None:
+        outbox.send(encode(CoreDied(death)))
+    else:
+        outbox.send(encode(CoreReady(num_kv_blocks=NUM_KV_BLOCKS, max_model_len=MAX_MODEL_LEN)))
+        core = FakeCore()
+        while not core.is_shut_down:
+            if inbox.poll(step_ms if core.has_work else None):
+                _obey(core, decoder.decode(inbox.recv()), outbox)
+            if core.has_work:
+                outbox.send(encode(core.step()))
+    for socket in (inbox, outbox):
+        socket.close(linger=1000)
+    context.term()
+
+
+def _obey(core: FakeCore, message: ToCore, outbox: zmq.Socket[bytes]) -> None:
+    match message:
+        case EngineCoreRequest():
+            core.add_request(message)
+        case AbortRequests():
+            core.abort_requests(message.request_ids)
+        case ResetPrefixCache():
+            ok = core.reset_prefix_cache(message.reset_connector)
+            outbox.send(msgspec.msgpack.encode(CallResult(message.call_id, ok)))
+        case ShutdownCore():
+            core.shutdown()
