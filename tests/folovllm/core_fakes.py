@@ -1,0 +1,306 @@
+"""Stand-ins for the model runner and the KV connector that know what every slot of the cache must hold.
+
+A slot's content is the hash of all tokens up to and including its own: what a transformer's K and V depend on. So a
+request that reads a block computed for another prefix, not computed yet, loaded wrongly or handed to somebody else is
+caught at the slot where it happens.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from folovllm.config import CacheConfig, SchedulerConfig
+from folovllm.core.kv_cache_utils import get_request_block_hasher
+from folovllm.core.sched.output import KVConnectorOutput, ModelRunnerOutput, SchedulerOutput
+from folovllm.core.sched.scheduler import Scheduler
+from folovllm.engine.messages import EngineCoreOutput, EngineCoreRequest
+from folovllm.request import Request
+from folovllm.sampling_params import SamplingParams
+from kvblocks.hashing import BlockHasher
+
+BLOCK_SIZE = 4
+GARBAGE = b"garbage"
+WRONG_TOKEN = 777
+
+
+def contents(tokens: Sequence[int]) -> list[bytes]:
+    """What the slots of these tokens must hold."""
+    state, result = hashlib.sha256(), []
+    for token in tokens:
+        state.update(token.to_bytes(4, "big"))
+        result.append(state.digest()[:8])
+    return result
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The model: a function of all tokens before."""
+    return int.from_bytes(hashlib.sha256(repr(list(tokens)).encode()).digest()[:2], "big") % 50
+
+
+def make_request(
+    request_id: str,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int = 8,
+    eos: tuple[int, ...] = (),
+    salt: str | None = None,
+    block_size: int = BLOCK_SIZE,
+    **params: Any,
+) -> Request:
+    message = EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=list(prompt),
+        sampling_params=SamplingParams(temperature=0.0, max_tokens=max_tokens, **params),
+        eos_token_ids=eos,
+        cache_salt=salt,
+    )
+    return Request(message, get_request_block_hasher(BlockHasher(block_size=block_size)))
+
+
+def make_scheduler(
+    num_blocks: int = 33,
+    *,
+    block_size: int = BLOCK_SIZE,
+    max_num_seqs: int = 16,
+    budget: int = 64,
+    chunked: bool = True,
+    caching: bool = True,
+    max_model_len: int = 128,
+    **options: Any,
+) -> Scheduler:
+    return Scheduler(
+        SchedulerConfig(max_num_seqs, budget, chunked),
+        CacheConfig(block_size, num_blocks, caching),
+        max_model_len,
+        **options,
+    )
+
+
+@dataclass
+class Row:
+    tokens: list[int]
+    block_ids: list[int]
+
+
+class FakeRunner:
+    """Holds rows and slots as the model runner does, and checks every slot that a row attends to."""
+
+    def __init__(self, block_size: int = BLOCK_SIZE, connector: "FakeConnector | None" = None) -> None:
+        self.block_size = block_size
+        self.slots: dict[int, bytes] = {}
+        self.rows: dict[str, Row] = {}
+        self.connector = connector
+
+    def execute_model(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        self._update_rows(output)
+        report = self.connector.run_step(self, output) if self.connector is not None else None
+        invalid = report.invalid_block_ids if report is not None else set()
+        # As in a layer of the model: all slots of the step are written, then the rows attend.
+        for request_id, start, end in self._spans(output):
+            row = self.rows[request_id]
+            written = contents(row.tokens[:end])[start:]
+            for position, content in enumerate(written, start):
+                self.slots[self._slot(row, position)] = content
+        sampled = {}
+        for request_id, start, end in self._spans(output):
+            row = self.rows[request_id]
+            wrong = self._first_wrong_position(row, end)
+            # Behind a load that failed in this very step anything may stand: the scheduler has yet to be told.
+            assert wrong is None or invalid, f"{request_id}: wrong KV at position {wrong} of {start}..{end}"
+            if end == len(row.tokens):
+                row.tokens.append(next_token(row.tokens) if wrong is None else WRONG_TOKEN)
+                sampled[request_id] = [row.tokens[-1]]
+        return ModelRunnerOutput(sampled, report)
+
+    def shutdown(self) -> None:
+        self.rows.clear()
+
+    def _update_rows(self, output: SchedulerOutput) -> None:
+        for request_id in output.finished_req_ids | output.preempted_req_ids:
+            self.rows.pop(request_id, None)
+        self._starts = {}
+        for new in output.scheduled_new_reqs:
+            assert new.req_id not in self.rows, "announced as new twice"
+            self.rows[new.req_id] = Row(list(new.prompt_token_ids), list(new.block_ids))
+            self._starts[new.req_id] = new.num_computed_tokens
+        for cached in output.scheduled_cached_reqs:
+            if cached.resumed_from_preemption:
+                assert cached.req_id not in self.rows, "resumed without having been preempted"
+                self.rows[cached.req_id] = Row(list(cached.all_token_ids or ()), list(cached.block_ids))
+            else:
+                self.rows[cached.req_id].block_ids += cached.block_ids
+            self._starts[cached.req_id] = cached.num_computed_tokens
+
+    def _spans(self, output: SchedulerOutput) -> Iterable[tuple[str, int, int]]:
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            start = self._starts[request_id]
+            yield request_id, start, start + num_tokens
+
+    def _slot(self, row: Row, position: int) -> int:
+        return row.block_ids[position // self.block_size] * self.block_size + position % self.block_size
+
+    def _first_wrong_position(self, row: Row, end: int) -> int | None:
+        assert 0 not in row.block_ids, "the null block was handed out"
+        assert len(row.block_ids) >= -(-end // self.block_size), "a token without a slot"
+        for position, content in enumerate(contents(row.tokens[:end])):
+            if self.slots.get(self._slot(row, position)) != content:
+                return position
+        return None
+
+
+@dataclass
+class Load:
+    request: Request
+    positions: range
+    block_ids: list[int]
+    outcome: str
+    is_async: bool
+    steps_left: int
+
+
+@dataclass
+class FakeConnector:
+    """Claims to hold `hits[request_id]` tokens of a prompt; both halves in one object.
+
+    outcome: "ok", or "fail:<k>": the k-th block of the load is not written and reported.
+    """
+
+    block_size: int = BLOCK_SIZE
+    hits: dict[str, tuple[int, bool, int, str]] = field(default_factory=dict)
+    """request id -> (tokens of the prompt held, async, steps an async load takes, outcome)"""
+    undecided: dict[str, int] = field(default_factory=dict)
+    """request id -> how often to answer "not known yet" """
+    sends: dict[str, int] = field(default_factory=dict)
+    """request id -> steps that saving its blocks takes after it ended"""
+    asked: list[str] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+    sending: dict[str, int] = field(default_factory=dict)
+    sending_blocks: dict[str, list[int]] = field(default_factory=dict)
+    finished: list[str] = field(default_factory=list)
+    _matched: dict[str, int] = field(default_factory=dict)
+
+    # -- scheduler half
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        self.asked.append(request.request_id)
+        if self.undecided.get(request.request_id, 0) > 0:
+            self.undecided[request.request_id] -= 1
+            return None, False
+        num_held, is_async, _, _ = self.hits.get(request.request_id, (0, False, 0, "ok"))
+        self._matched[request.request_id] = num_computed_tokens
+        return max(0, num_held - num_computed_tokens), is_async
+
+    def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
+        if not num_external_tokens:
+            return
+        _, is_async, num_steps, outcome = self.hits[request.request_id]
+        start = self._matched[request.request_id]
+        positions = range(start, start + num_external_tokens)
+        (block_ids,) = blocks.get_block_ids()
+        self.loads.append(Load(request, positions, list(block_ids), outcome, is_async, num_steps))
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
+        return None
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        pass
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, None]:
+        assert request.is_finished
+        self.finished.append(request.request_id)
+        num_steps = self.sends.get(request.request_id, 0)
+        if not num_steps or not block_ids:
+            return False, None
+        self.sending[request.request_id] = num_steps
+        self.sending_blocks[request.request_id] = list(block_ids)
+        return True, None
+
+    def take_events(self) -> Iterable[Any]:
+        return ()
+
+    def reset_cache(self) -> bool | None:
+        self.hits.clear()
+        return True
+
+    def shutdown(self) -> None:
+        pass
+
+    # -- worker half
+    def run_step(self, runner: FakeRunner, output: SchedulerOutput) -> KVConnectorOutput:
+        report = KVConnectorOutput()
+        for load in list(self.loads):
+            load.steps_left -= 1
+            if load.is_async and load.steps_left > 0:
+                self._write(runner, load, only_first=True)
+                continue
+            self.loads.remove(load)
+            report.invalid_block_ids |= self._write(runner, load)
+            if load.is_async:
+                report.finished_recving.add(load.request.request_id)
+        for request_id in list(self.sending):
+            self.sending[request_id] -= 1
+            if self.sending[request_id] <= 0:
+                del self.sending[request_id], self.sending_blocks[request_id]
+                report.finished_sending.add(request_id)
+        return report
+
+    def busy_blocks(self) -> set[int]:
+        """Blocks that a transfer reads or writes."""
+        written = {
+            load.block_ids[position // self.block_size]
+            for load in self.loads
+            for position in load.positions
+            if load.is_async
+        }
+        return written.union(*self.sending_blocks.values())
+
+    def _write(self, runner: FakeRunner, load: Load, *, only_first: bool = False) -> set[int]:
+        first, last = load.positions.start // self.block_size, (load.positions.stop - 1) // self.block_size
+        bad = None
+        if load.outcome.startswith("fail"):
+            bad = min(first + int(load.outcome.partition(":")[2]), last)
+        expected = contents(list(load.request.all_token_ids))
+        for position in load.positions[:1] if only_first else load.positions:
+            index = position // self.block_size
+            slot = load.block_ids[index] * self.block_size + position % self.block_size
+            runner.slots[slot] = GARBAGE if index == bad else expected[position]
+        return set() if bad is None or only_first else {load.block_ids[bad]}
+
+
+def run_step(scheduler: Scheduler, runner: FakeRunner) -> list[EngineCoreOutput]:
+    """One step, with the invariants that hold after each."""
+    output = scheduler.schedule()
+    assert output.total_num_scheduled_tokens <= scheduler.scheduler_config.max_num_batched_tokens
+    assert len(scheduler.running) <= scheduler.scheduler_config.max_num_seqs
+    outputs = scheduler.update_from_output(output, runner.execute_model(output))
+    check_invariants(scheduler, runner)
+    return outputs
+
+
+def check_invariants(scheduler: Scheduler, runner: FakeRunner) -> None:
+    manager = scheduler.kv_cache_manager
+    manager.check_integrity(set(scheduler.requests) | scheduler.transfers.held_request_ids)
+    queued = [*scheduler.waiting, *scheduler.running]
+    assert sorted(r.request_id for r in queued) == sorted(scheduler.requests), "a request is lost or queued twice"
+    free = {block.block_id for block in manager.block_pool.free_block_queue.get_all_free_blocks()}
+    if runner.connector is not None:
+        assert free.isdisjoint(runner.connector.busy_blocks()), "a block is free while a transfer uses it"
+
+
+def run_to_end(scheduler: Scheduler, runner: FakeRunner, max_steps: int = 2000) -> dict[str, list[int]]:
+    """Run until nothing is left to do; returns the tokens of each request that produced any output."""
+    tokens: dict[str, list[int]] = {}
+    for _ in range(max_steps):
+        if not scheduler.has_work:
+            return tokens
+        for output in run_step(scheduler, runner):
+            tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+    raise AssertionError(f"not done after {max_steps} steps")
+
+
+def expected_tokens(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """What the fake model generates greedily."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
