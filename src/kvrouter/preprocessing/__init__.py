@@ -1,0 +1,1 @@
+"""What an engine does to a request before it tokenises: `chat_completions` (messages -> prompt)."""

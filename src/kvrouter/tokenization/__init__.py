@@ -1,0 +1,1 @@
+"""Text -> token ids: `tokenizer` (one checkpoint's), `pool` (the threads that run it)."""

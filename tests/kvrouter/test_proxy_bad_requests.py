@@ -1,0 +1,129 @@
+"""Every request the proxy cannot serve gets one clear error in OpenAI's format."""
+
+from __future__ import annotations
+
+import json
+
+import aiohttp
+import pytest
+from tests.kvrouter.conftest import RunningProxy, StartProxy
+from tests.kvrouter.openai_pod import FakePod
+
+from kvrouter.config import PodConfig
+
+POD = PodConfig("a", "http://127.0.0.1:9", model="m")  # never reached: port 9 refuses
+
+
+async def error_of(response: aiohttp.ClientResponse) -> dict[str, object]:
+    document = await response.json()
+    assert response.content_type == "application/json"
+    assert set(document) == {"error"}
+    assert set(document["error"]) == {"message", "type", "param", "code"}
+    return document["error"]
+
+
+async def send(proxy: RunningProxy, data: bytes, path: str = "/v1/completions") -> aiohttp.ClientResponse:
+    return await proxy.client.post(proxy.url + path, data=data, headers={"Content-Type": "application/json"})
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "words"),
+    [
+        ("/v1/completions", b'{"model": "m", "prompt": "a"', ["not valid JSON"]),
+        ("/v1/completions", b"", ["not valid JSON"]),
+        ("/v1/completions", b"\xff\xfe", ["not valid JSON"]),
+        ("/v1/completions", b'{"model": "m", "prompt": "\\ud800"}', ["not valid JSON"]),
+        ("/v1/completions", b"[]", ["object"]),
+        ("/v1/completions", b'{"model": "m"}', ["prompt"]),
+        ("/v1/completions", b'{"model": "m", "prompt": 5}', ["prompt"]),
+        ("/v1/completions", b'{"model": "m", "prompt": [1, "a"]}', ["prompt"]),
+        ("/v1/completions", b'{"model": "m", "prompt": [1, -1]}', ["0..4294967295"]),
+        ("/v1/completions", b'{"model": "m", "prompt": [1, 4294967296]}', ["0..4294967295"]),
+        ("/v1/completions", b'{"model": 7, "prompt": "a"}', ["model"]),
+        ("/v1/chat/completions", b'{"model": "m"}', ["messages"]),
+        ("/v1/chat/completions", b'{"model": "m", "messages": "hi"}', ["messages"]),
+        ("/v1/chat/completions", b'{"model": "m", "messages": ["hi"]}', ["messages"]),
+    ],
+)
+async def test_malformed_body_is_400(start_proxy: StartProxy, path: str, data: bytes, words: list[str]) -> None:
+    async with start_proxy(POD) as proxy, await send(proxy, data, path) as response:
+        assert response.status == 400
+        error = await error_of(response)
+        assert error["type"] == "invalid_request_error"
+        assert all(word in str(error["message"]) for word in words)
+
+
+async def test_error_names_the_parameter(start_proxy: StartProxy) -> None:
+    async with start_proxy(POD) as proxy:
+        async with await send(proxy, b'{"model": "m", "prompt": [1, {}]}') as response:
+            assert (await error_of(response))["param"] == "prompt"
+        async with await send(proxy, b'{"model": "m"}') as response:
+            assert (await error_of(response))["param"] == "prompt"
+
+
+async def test_unknown_model_is_404_with_the_list(start_proxy: StartProxy) -> None:
+    other = PodConfig("b", "http://127.0.0.1:9", model="n")
+    async with start_proxy(POD, other) as proxy, await send(proxy, b'{"model": "x", "prompt": "a"}') as response:
+        assert response.status == 404
+        error = await error_of(response)
+        assert error["code"] == "model_not_found"
+        assert error["param"] == "model"
+        assert "served are m, n" in str(error["message"])
+
+
+async def test_request_without_a_model_gets_the_only_one(start_proxy: StartProxy) -> None:
+    async with FakePod("a").serve() as pod:
+        async with start_proxy(PodConfig("a", pod.url)) as proxy, await send(proxy, b'{"prompt": "a"}') as response:
+            assert response.status == 200
+        other = PodConfig("b", "http://127.0.0.1:9", model="n")
+        async with start_proxy(PodConfig("a", pod.url), other) as proxy:
+            async with await send(proxy, b'{"prompt": "a"}') as response:
+                assert response.status == 400
+                assert "model is required" in str((await error_of(response))["message"])
+
+
+async def test_no_healthy_pod_is_503(start_proxy: StartProxy) -> None:
+    async with start_proxy(POD) as proxy:
+        async with await send(proxy, b'{"model": "m", "prompt": "a"}') as response:
+            assert response.status == 503
+            assert (await error_of(response))["code"] == "no_healthy_pod"
+            assert response.headers["Retry-After"] == "1"
+        async with proxy.client.get(proxy.url + "/health") as response:
+            assert response.status == 503
+            assert (await response.json())["pods"] == {"a": "down"}
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+async def test_oversized_body_is_413(start_proxy: StartProxy, is_chunked: bool) -> None:
+    data = json.dumps({"model": "m", "prompt": "x" * 10_000}).encode()
+
+    async def pieces() -> object:
+        for start in range(0, len(data), 1000):
+            yield data[start : start + 1000]
+
+    async with start_proxy(POD, max_body_bytes=4096) as proxy:
+        body = pieces() if is_chunked else data
+        async with proxy.client.post(proxy.url + "/v1/completions", data=body) as response:
+            assert response.status == 413
+            error = await error_of(response)
+            assert error["code"] == "body_too_large"
+            assert "4096 bytes" in str(error["message"])
+
+
+async def test_unknown_path_and_method_are_openai_errors(start_proxy: StartProxy) -> None:
+    async with start_proxy(POD) as proxy:
+        async with proxy.client.get(proxy.url + "/v1/nothing") as response:
+            assert response.status == 404
+            assert "/v1/nothing" in str((await error_of(response))["message"])
+        async with proxy.client.get(proxy.url + "/v1/completions") as response:
+            assert response.status == 405
+            assert response.headers["Allow"] == "POST"
+            await error_of(response)
+
+
+async def test_models_are_learnt_from_the_pods(start_proxy: StartProxy) -> None:
+    async with FakePod("a", model="n").serve() as pod, start_proxy(POD, PodConfig("b", pod.url)) as proxy:
+        async with proxy.client.get(proxy.url + "/v1/models") as response:
+            document = await response.json()
+    assert document["object"] == "list"
+    assert [(model["id"], model["object"]) for model in document["data"]] == [("m", "model"), ("n", "model")]
