@@ -29,9 +29,9 @@ from folovllm.engine.messages import (
 )
 from folovllm.transformers_utils.tokenizer import Tokenizer
 
-PARAGRAPH = """A block holds the keys and values of a few tokens. When two prompts begin alike, their first blocks are the
-same, and the second prompt need not compute them again: it finds them by the hash of its tokens. Größe, naïve, façade,
-señor; 東京は日本の首都です。 Москва и Ленинград. The cache is full when no block is free; then the oldest one goes. 🎉🎊👩‍👩‍👧"""
+PARAGRAPH = """A block holds the keys and values of a few tokens. When two prompts begin alike, their first blocks are
+the same, and the second prompt need not compute them again: it finds them by the hash of its tokens. The cache is full
+when no block is free; then the oldest one goes. Größe, naïve, façade. 東京は日本の首都です。 Москва. 🎉🎊"""
 EOS = "<|im_end|>"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", EOS)
 CHAT_TEMPLATE = (

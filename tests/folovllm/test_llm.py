@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_stream_grows_to_what_generate_returns(llm: LLM) -> None:
     whole = llm.generate("when two prompts", GREEDY)[0].outputs[0]
     states = list(llm.generate_stream("when two prompts", GREEDY))
     assert [len(state.outputs[0].token_ids) for state in states] == [1, 2, 3, 4, 5, 6]
-    assert all(b.outputs[0].text.startswith(a.outputs[0].text) for a, b in zip(states, states[1:], strict=False))
+    assert all(b.outputs[0].text.startswith(a.outputs[0].text) for a, b in itertools.pairwise(states))
     assert states[-1].outputs[0] == whole
     assert [state.finished for state in states] == [False] * 5 + [True]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 1800.0
 """How long loading the model may take."""
+STALL_TIMEOUT_S = 600.0
+"""A core that has work and is silent for so long is dead: every step, however long its prefill, ends with a message."""
 _INLINE_CHARS = 4000
 """Longer prompts (about a millisecond of work) are tokenised beside the loop."""
 
@@ -83,6 +86,8 @@ class AsyncLLM:
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._processor: Processor | None = None
         self._outputs = OutputProcessor(None, metrics)
+        self._busy_since = 0.0
+        self._watchdog: asyncio.Task[None] | None = None
 
     @classmethod
     async def from_engine_args(cls, args: "EngineArgs", *, start_timeout_s: float = START_TIMEOUT_S) -> "AsyncLLM":
@@ -119,6 +124,7 @@ class AsyncLLM:
         limits = Limits.of_pool(ready.max_model_len, ready.num_kv_blocks, block_size)
         self._processor = Processor(tokenizer, limits, facts)
         self._outputs = OutputProcessor(tokenizer, self.metrics)
+        self._watchdog = asyncio.create_task(self._watch(), name="engine-core-watchdog")
 
     @property
     def processor(self) -> Processor:
@@ -165,6 +171,8 @@ class AsyncLLM:
         self.check_health()
         if len(self._outputs) >= MAX_REQUESTS_IN_FLIGHT:
             raise EngineOverloadedError(f"{MAX_REQUESTS_IN_FLIGHT} requests are in flight; try again later")
+        if not len(self._outputs):
+            self._busy_since = time.monotonic()
         stream = RequestStream(self._outputs.add_request(request, prompt), self._abort)
         try:
             self._client.add_request(request)
@@ -206,9 +214,18 @@ class AsyncLLM:
 
     async def shutdown(self) -> None:
         """Stop the core; whoever still waits gets an EngineDeadError. Idempotent."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         self._outputs.fail_all(EngineDeadError("the engine is shutting down"))
         await self._client.shutdown()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    async def _watch(self) -> None:
+        while self._client.death is None:
+            await asyncio.sleep(STALL_TIMEOUT_S / 10)
+            silent_s = time.monotonic() - max(self._client.last_heard, self._busy_since)
+            if len(self._outputs) and silent_s > STALL_TIMEOUT_S:
+                self._client.give_up(f"the engine core has been silent for {silent_s:.0f} s with requests in flight")
 
     def _abort(self, request_id: str) -> None:
         if self._outputs.abort(request_id):

@@ -107,6 +107,8 @@ class ProcClient:
         self._exited = asyncio.Event()
         self._closing = False
         self._death: EngineDeadError | None = None
+        self.last_heard = time.monotonic()
+        """When the core last sent something, in seconds of time.monotonic()."""
         self._sentinel = handle.process.sentinel
         self._loop.add_reader(self._sentinel, self._note_exit)
         self._reader = self._loop.create_task(self._read(), name="engine-core-outputs")
@@ -163,6 +165,11 @@ class ProcClient:
         finally:
             del self._calls[call_id]
 
+    def give_up(self, reason: str) -> None:
+        """End a core that lives, but does not work."""
+        self._die(reason)
+        self._handle.process.kill()
+
     async def shutdown(self) -> None:
         """Stop the core: ask, then terminate, then kill; every wait has a deadline. Idempotent."""
         if self._closing:
@@ -217,6 +224,7 @@ class ProcClient:
             self._die(f"outputs of the engine core cannot be read: {error}")
 
     def _dispatch(self, message: FromCore) -> None:
+        self.last_heard = time.monotonic()
         match message:
             case EngineCoreOutputs():
                 self._on_outputs(message)
