@@ -17,9 +17,9 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
 from kvblocks.extra_keys import build_extra_keys, untag_extra_keys
 from kvblocks.hashing import BlockHasher, TokenIds, external_hashes
-
 from kvrouter.errors import ConfigError
 
 __all__ = ["ALGORITHMS", "TokenIds", "TokenProcessor"]
