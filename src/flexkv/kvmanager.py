@@ -32,7 +32,7 @@ from flexkv.common.transfer import TransferType
 from flexkv.errors import FlexKVError, InvalidRequestError
 from flexkv.kvtask import KVTaskEngine
 from flexkv.server.device_endpoint import DeviceEndpoint
-from flexkv.server.runtime_dir import StoreDir
+from flexkv.server.runtime_dir import StoreDir, store_name
 from flexkv.storage.storage_engine import StorageEngine
 from flexkv.transfer.transfer_manager import ThreadTransferManager
 from kvblocks.events import BlockRemoved, BlockStored
@@ -78,7 +78,7 @@ class KVManager:
         self._hasher = BlockHasher(cache_config.hash_algorithm, cache_config.hash_seed, cache_config.tokens_per_block)
         self._own_root = None if runtime_dir else tempfile.TemporaryDirectory(prefix="kvstrata-")
         root = runtime_dir or Path(self._own_root.name if self._own_root else "")
-        key = f"{store_key or secrets.token_hex(8)}/dp{dp_client_id}"
+        key = store_name(store_key or secrets.token_hex(8), dp_client_id)
         self._lock = threading.Lock()
         self._is_started = False  # protected by _lock
         self._is_shut_down = False  # protected by _lock

@@ -109,10 +109,16 @@ class KVTPClient:
         return self._ready.wait(timeout_s)
 
     def release(self, task_ids: Iterable[int], timeout_s: float) -> None:
-        """Let the copies of these tasks run; one that cannot begin within `timeout_s` fails its task."""
+        """Let the copies of these tasks run; one that cannot begin within `timeout_s` fails its task.
+
+        Without a store they fail at once.
+        """
+        tasks = list(task_ids)
         if self._worker is not None:
             self._worker.wait_for_engine()
-        self._tasks.release(task_ids, timeout_s)
+        self._tasks.release(tasks, timeout_s)
+        if not self._ready.is_set():  # asked after `release`: a store lost from now on fails them itself
+            self._tasks.abandon(tasks, "there is no store")
 
     def take_ended(self) -> dict[int, str]:
         """Return the released tasks that ended since the last call, each with its error, empty if it succeeded.
@@ -269,6 +275,7 @@ class KVTPClient:
         else:
             self._worker.use(copier)
         self._refusal = ""
+        self._tasks.start_over("another store took over")
         self._send(msg.Ready())
         self._ready.set()
         logger.info("device worker ready rank=%d pool_blocks=%d", self._rank, layout.num_blocks)

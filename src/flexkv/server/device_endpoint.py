@@ -206,6 +206,7 @@ class DeviceEndpoint(TransferWorker):
         op = scheduled.op
         missing = [n for n in range(self._tp_size) if n not in self._ranks or not self._ranks[n].is_ready]
         if missing:
+            self._broadcast(msg.AbandonTasks([scheduled.task_id]))  # those that are there need not wait for it
             self._report(OpResult(op.op_id, False, f"no device worker of rank {missing[0]}"))
             return
         to_device = op.type is TransferType.H2D

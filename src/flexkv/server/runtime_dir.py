@@ -36,6 +36,11 @@ def store_dir(root: Path, key: str) -> Path:
     return path
 
 
+def store_name(store_key: str, dp_client_id: int) -> str:
+    """Return the key of the store of one data-parallel rank of an engine."""
+    return f"{store_key}/dp{dp_client_id}"
+
+
 def device_socket(directory: Path) -> str:
     """Return the ZMQ address at which a store speaks with its device workers."""
     return f"ipc://{directory / 'device.sock'}"

@@ -1,0 +1,1 @@
+"""vLLM's KV connector interface, as vLLM and folovllm call it."""
