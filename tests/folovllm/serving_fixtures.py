@@ -22,6 +22,7 @@ from folovllm.engine.messages import (
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
+    FinishReason,
     ResetPrefixCache,
     SchedulerStats,
     ShutdownCore,
@@ -42,6 +43,7 @@ CHAT_TEMPLATE = (
 BLOCK_SIZE = 16
 NUM_KV_BLOCKS = 65
 MAX_MODEL_LEN = 512
+UNLUCKY = [13, 13, 13]
 
 
 @cache
@@ -82,6 +84,7 @@ class FakeCore:
     """An engine core whose model repeats the prompt for ever: token i of the output is token i of the prompt, cyclic.
 
     It takes at most `max_num_seqs` requests at once, one token each per step; a prompt seen before counts as cached.
+    The prompt UNLUCKY is given up.
     """
 
     max_num_seqs: int = 8
@@ -129,8 +132,10 @@ class FakeCore:
     def _advance(self, request: EngineCoreRequest, done: int, cached: dict[str, int]) -> EngineCoreOutput:
         params, prompt = request.sampling_params, request.prompt_token_ids
         token = prompt[done % len(prompt)]
-        reason = None
-        if token in request.eos_token_ids and not params.ignore_eos:
+        reason: FinishReason | None = None
+        if prompt == UNLUCKY:
+            reason = "error"
+        elif token in request.eos_token_ids and not params.ignore_eos:
             reason = "stop"
         elif done + 1 == params.max_tokens:
             reason = "length"
@@ -164,6 +169,7 @@ class FakeHandle:
     directory: tempfile.TemporaryDirectory[str]
 
     def close(self) -> None:
+        self.process.join(60)
         self.directory.cleanup()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from tests.folovllm.serving_fixtures import BLOCK_SIZE, MAX_MODEL_LEN, start_fake_core, write_front_end_files
+from tests.folovllm.serving_fixtures import BLOCK_SIZE, MAX_MODEL_LEN, UNLUCKY, start_fake_core, write_front_end_files
 
 from folovllm.engine.async_llm import AsyncLLM
 from folovllm.entrypoints.openai import middleware
@@ -272,6 +272,21 @@ async def test_request_id_is_kept_or_made(client: httpx.AsyncClient) -> None:
     made = [(await client.get(path)).headers["x-request-id"] for path in ("/health", "/nothing")]
     assert len(set(made)) == 2
     assert len((await client.get("/health", headers={"x-request-id": "x" * 999})).headers["x-request-id"]) == 32
+
+
+async def test_request_the_engine_gives_up_is_an_error_and_no_answer(client: httpx.AsyncClient) -> None:
+    for prompt in (UNLUCKY, [[5, 6], UNLUCKY]):
+        error = await error_of(await complete(client, prompt=prompt), 500)
+        assert (error["type"], error["code"]) == ("server_error", "generation_failed")
+        last = events(await complete(client, prompt=prompt, stream=True))[-1]
+        assert last["error"]["code"] == "generation_failed"
+    assert (await client.post("/reset_prefix_cache")).status_code == 200
+
+
+async def test_api_describes_itself(client: httpx.AsyncClient) -> None:
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/health"} <= set(paths)
+    assert (await client.get("/docs")).status_code == 200
 
 
 async def test_operations(client: httpx.AsyncClient) -> None:

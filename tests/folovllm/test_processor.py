@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 from tests.folovllm.serving_fixtures import EOS, write_front_end_files
+from transformers import AutoTokenizer
 
 from folovllm.engine.processor import Limits, Processor, PromptTooLongError
 from folovllm.errors import InvalidRequestError, ModelLoadError
@@ -115,6 +116,19 @@ def test_chat_template_may_come_in_its_own_file(tmp_path: Path) -> None:
     assert text == '{"role": "user", "content": "<é>"}<|im_end|>!'
     with pytest.raises(InvalidRequestError, match="no such role"):
         tokenizer.apply_chat_template([{"role": "bad"}])
+
+
+def test_text_tokens_and_chat_are_those_of_transformers(small_model: Path) -> None:
+    theirs, ours = AutoTokenizer.from_pretrained(small_model), Tokenizer.from_checkpoint(small_model)
+    messages = [{"role": "system", "content": "brief <b>"}, {"role": "user", "content": "Größe 東京 🎉?"}]
+    prompt = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ours.apply_chat_template(messages) == prompt
+    ids = theirs.encode(prompt)
+    assert ours.encode(prompt) == ids
+    for skip in (True, False):
+        assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    assert ours.eos_token_id == theirs.eos_token_id
+    assert ours.special_token_ids == {0, 1, 2}
 
 
 def test_chat_template_cannot_reach_the_machine(tmp_path: Path) -> None:

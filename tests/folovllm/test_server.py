@@ -306,6 +306,17 @@ def test_drain_has_a_deadline(start: Callable[..., Server]) -> None:
     assert not core.is_running()
 
 
+def test_sigterm_while_loading_stops_at_once(small_model: Path) -> None:
+    process = launch(small_model)
+    until(lambda: bool(psutil.Process(process.pid).children()))
+    [core] = psutil.Process(process.pid).children()
+    process.terminate()
+    out, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0
+    assert out == ""
+    assert not core.is_running()
+
+
 def test_core_ends_with_a_killed_server(start: Callable[..., Server]) -> None:
     server = start()
     core = server.core

@@ -100,7 +100,7 @@ class AsyncLLM:
         from folovllm.config import resolve_checkpoint
         from folovllm.engine.core_proc import start_engine_core
 
-        directory = resolve_checkpoint(args.model)
+        directory = await asyncio.to_thread(resolve_checkpoint, args.model)  # may download
         engine = cls(start_engine_core(args), EngineMetrics(args.served_model_name or args.model))
         try:
             await engine.start(directory, args.block_size, args.skip_tokenizer_init, start_timeout_s)

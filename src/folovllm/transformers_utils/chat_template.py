@@ -54,6 +54,8 @@ class ChatTemplate:
         Raises:
             InvalidRequestError: the template refuses the messages.
         """
+        # Templates are written for transformers, which always defines these two.
+        variables = {"tools": None, "documents": None, **variables}
         try:
             return self._template.render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **variables

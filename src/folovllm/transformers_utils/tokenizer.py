@@ -49,7 +49,7 @@ class Tokenizer:
             ModelLoadError: there is no tokenizer, or it cannot be read.
         """
         config = read_json(directory / "tokenizer_config.json")
-        special_tokens = _special_tokens(config | read_json(directory / "special_tokens_map.json"))
+        special_tokens = _special_tokens(read_json(directory / "special_tokens_map.json") | config)
         template = load_chat_template(directory, config, special_tokens)
         return cls(_load_backend(directory), special_tokens=special_tokens, chat_template=template)
 

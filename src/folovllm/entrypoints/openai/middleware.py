@@ -1,6 +1,8 @@
-"""What every HTTP request passes on its way in: a request id, the API key, a limit on the body."""
+"""What every HTTP request passes on its way in: a request id, the API key, a limit on the body, a line in the log."""
 
 import hmac
+import logging
+import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -8,6 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from folovllm.entrypoints.openai.errors import error_response
 from folovllm.entrypoints.openai.protocol import RequestError
+
+logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 * 2**20
 _MAX_ID_LENGTH = 128
@@ -29,9 +33,11 @@ class RequestGate:
             return
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
-        left = MAX_BODY_BYTES
+        left, status, start = MAX_BODY_BYTES, 0, time.monotonic()
 
         async def send_with_id(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
@@ -45,10 +51,16 @@ class RequestGate:
             return message
 
         refusal = self._refusal(scope["path"], headers)
-        if refusal is not None:
-            await error_response(refusal)(scope, receive, send_with_id)
-        else:
-            await self._app(scope, receive_limited, send_with_id)
+        try:
+            if refusal is not None:
+                await error_response(refusal)(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive_limited, send_with_id)
+        finally:
+            level = logging.DEBUG if scope["path"] in _OPEN_PATHS else logging.INFO
+            seconds = time.monotonic() - start
+            line = "request id=%s method=%s path=%r status=%d seconds=%.3f"
+            logger.log(level, line, request_id, scope["method"], scope["path"], status, seconds)
 
     def _refusal(self, path: str, headers: Headers) -> RequestError | None:
         if self._expected is not None and path not in _OPEN_PATHS:
