@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": {"content": "<s>", "special": True},
+        "bos_token": {"__type": "AddedToken", "content": "<s>", "special": True},
         "eos_token": "<|im_end|>",
         "chat_template": CHAT_TEMPLATE,
     }
