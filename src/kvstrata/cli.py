@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -89,6 +90,48 @@ def serve(
 
 
 @app.command()
+def route(
+    pod: Annotated[
+        list[str] | None,
+        _option(
+            "An engine: name=http://host:port, or a JSON object with name, url, eventsEndpoint, replayEndpoint, model.",
+            metavar="POD",
+        ),
+    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 9000,
+    model: Annotated[str | None, _option("Name of the model that --tokenizer belongs to.")] = None,
+    tokenizer: Annotated[str | None, _option("Checkpoint directory or hub id with the model's tokenizer.")] = None,
+    policy: Annotated[str | None, _option("kv_aware or round_robin.")] = None,
+    block_size: Annotated[int | None, _option("Tokens per block key; best the engines' own.")] = None,
+    config: Annotated[Path | None, _option("JSON or YAML document with every option; flags win.")] = None,
+    ready_fd: ReadyFd = None,
+    exit_with_parent: ExitWithParent = False,
+) -> None:
+    """Route OpenAI requests to the engine that has their prefix cached."""
+    _become_server(exit_with_parent)
+    from kvrouter.config import RouterConfig, load_config, parse_pod
+    from kvrouter.errors import KVRouterError
+    from kvrouter.proxy.serve import run_router
+
+    with _one_line_errors(KVRouterError):
+        options = load_config(config) if config else RouterConfig()
+        changes: list[tuple[str, Any]] = [
+            ("proxy_config.policy", policy),
+            ("token_processor_config.block_size", block_size),
+            ("pods", (*options.pods, *map(parse_pod, pod)) if pod else None),
+            (
+                "tokenizers_pool_config.local.model_tokenizer_map",
+                {model or tokenizer: tokenizer} if tokenizer else None,
+            ),
+        ]
+        for path, value in changes:
+            if value is not None:
+                options = _replace_nested(options, path.split("."), value)
+        run_router(options, host, port, on_ready=_ready_callback(ready_fd))
+
+
+@app.command()
 def demo(
     model: Annotated[str | None, _option("Checkpoint directory or hub id instead of the demo's own.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to FILE.", metavar="FILE")] = None,
@@ -133,6 +176,12 @@ def _become_server(exit_with_parent: bool) -> None:
 
 def _ready_callback(ready_fd: int | None) -> Callable[[int], None]:
     return lambda port: lifeline.announce_ready(ready_fd, port) if ready_fd is not None else None
+
+
+def _replace_nested(config: Any, path: list[str], value: Any) -> Any:
+    """A frozen config with one option changed, however deep it lies."""
+    head, *rest = path
+    return replace(config, **{head: _replace_nested(getattr(config, head), rest, value) if rest else value})
 
 
 def _given(**options: Any) -> dict[str, Any]:

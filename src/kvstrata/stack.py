@@ -149,8 +149,8 @@ class Stack:
             pod = {
                 "name": engine.name,
                 "url": engine.url,
-                "events_endpoint": self.events_endpoint(index),
-                "replay_endpoint": self.replay_endpoint(index),
+                "eventsEndpoint": self.events_endpoint(index),
+                "replayEndpoint": self.replay_endpoint(index),
             }
             flags += ["--pod", json.dumps(pod)]
         return self._spawn("router", "route", flags)

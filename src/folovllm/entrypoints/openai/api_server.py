@@ -43,11 +43,11 @@ def run_server(
     *,
     api_key: str | None = None,
     drain_timeout_s: int = DRAIN_TIMEOUT_S,
-    ready_callback: Callable[[str], None] | None = None,
+    ready_callback: Callable[[int], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; to be called in the main thread, as the last thing a process does.
 
-    `port` 0 takes a free one. `ready_callback` is given the base URL once requests are answered.
+    `port` 0 takes a free one. `ready_callback` is given the port once requests are answered.
 
     Raises:
         SystemExit: 2 with one line in the log when the port is taken, an option is wrong or the model cannot be loaded.
@@ -114,7 +114,7 @@ class _Process:
         sock: socket.socket,
         api_key: str | None,
         drain_timeout_s: int,
-        ready_callback: Callable[[str], None] | None,
+        ready_callback: Callable[[int], None] | None,
     ) -> None:
         self._args, self._sock, self._api_key = args, sock, api_key
         self._drain_timeout_s = drain_timeout_s
@@ -167,4 +167,4 @@ class _Process:
         url = f"http://[{host}]:{port}" if self._sock.family == socket.AF_INET6 else f"http://{host}:{port}"
         logger.info("serving model=%s url=%s", self._args.served_model_name or self._args.model, url)
         if self._ready_callback is not None:
-            self._ready_callback(url)
+            self._ready_callback(port)
