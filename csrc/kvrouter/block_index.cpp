@@ -97,9 +97,13 @@ std::size_t BlockIndex::store(PodSource& source, std::uint32_t owner, std::span<
   }
   const std::unique_lock lock(table_mutex_);
   for (std::size_t i = 0; i < blocks.size(); ++i) {
-    if (!added[i].is_new) continue;
+    const std::span<const std::uint8_t> digest = digests.subspan(i * digest_size, digest_size);
+    if (!added[i].is_new) {
+      table_.renew(blocks[i].request_key, owner_id, digest);
+      continue;
+    }
     if (added[i].was_replaced) table_.release(added[i].replaced, owner_id);
-    table_.hold(blocks[i].request_key, owner_id, digests.subspan(i * digest_size, digest_size));
+    table_.hold(blocks[i].request_key, owner_id, digest);
   }
   return blocks.size();
 }

@@ -85,6 +85,15 @@ void BlockTable::hold(std::uint64_t key, OwnerId owner, std::span<const std::uin
   }
 }
 
+void BlockTable::renew(std::uint64_t key, OwnerId owner, std::span<const std::uint8_t> digest) {
+  const SlotId slot = find(key);
+  if (slot == kNoSlot) return hold(key, owner, digest);
+  const std::span<const OwnerId> owners = sets_.owners(set_of(slot));
+  if (std::find(owners.begin(), owners.end(), owner) == owners.end()) return hold(key, owner, digest);
+  touch(slot);
+  if (owners.back() != owner) set_ref(slot) = sets_.add(set_of(slot), owner).to;
+}
+
 bool BlockTable::release(std::uint64_t key, OwnerId owner) {
   const SlotId slot = find(key);
   if (slot == kNoSlot) return false;

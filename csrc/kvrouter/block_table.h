@@ -56,6 +56,9 @@ class BlockTable {
   // Adds one hold of `owner`; `digest` is the block's, or empty if it is not known.
   void hold(std::uint64_t key, OwnerId owner, std::span<const std::uint8_t> digest);
 
+  // Makes `owner` the youngest of the block's owners, without adding a hold unless it lost its own to lack of room.
+  void renew(std::uint64_t key, OwnerId owner, std::span<const std::uint8_t> digest);
+
   // Takes one hold of `owner` back. False if it had none: never held, or dropped to make room.
   bool release(std::uint64_t key, OwnerId owner);
 

@@ -60,8 +60,8 @@ class ApplyResult:
         num_cleared: `AllBlocksCleared` events applied.
         rank: data-parallel rank of the batch.
         rejected: events left out, by reason: "malformed_batch" (counts once, nothing of it was used),
-            "malformed_event", "unknown_type", "unknown_parent", "unknown_block" (a store without tokens of a block that the index does not
-            know) or "block_size" (neither a multiple nor a divisor of the index's).
+            "malformed_event", "unknown_type", "unknown_parent", "unknown_block" (a store without tokens of a block
+            that the index does not know) or "block_size" (neither a multiple nor a divisor of the index's).
     """
 
     num_events: int

@@ -144,11 +144,10 @@ def _pair_keys(
     """Return engine key, request key and part of every record of an `add`."""
     if len(engine) == len(request):
         return engine, request, [0] * len(request)
-    if len(engine) and len(request) % len(engine) == 0:
-        num_parts = len(request) // len(engine)
-        if num_parts <= _native.MAX_PARTS:
-            return np.repeat(engine, num_parts), request, list(range(num_parts)) * len(engine)
-    elif len(request) and len(engine) % len(request) == 0:
+    num_parts, rest = divmod(len(request), max(1, len(engine)))
+    if 1 <= num_parts <= _native.MAX_PARTS and not rest and len(engine):
+        return np.repeat(engine, num_parts), request, list(range(num_parts)) * len(engine)
+    if 0 < len(request) < len(engine) and len(engine) % len(request) == 0:
         step = len(engine) // len(request)
         return np.ascontiguousarray(engine[step - 1 :: step]), request, [0] * len(request)
     raise InvalidKeysError(

@@ -1,0 +1,1 @@
+"""What the router measures about itself, for Prometheus."""
