@@ -73,7 +73,6 @@ class FakeEngine:
         self.held: dict[str, list[int]] = {}
         self.invalid: set[int] = set()
         self.received: set[str] = set()
-        self.saves: dict[str, int] = {}
         self._pause = threading.Event()  # never set: a step that computes nothing only polls
 
     def close(self) -> None:
@@ -83,7 +82,6 @@ class FakeEngine:
     def step(self, compute: Request | None = None, finished: frozenset[str] = frozenset()) -> None:
         """One step: the hooks of both halves around an optional computation."""
         metadata = self.scheduler.build_connector_meta(None)
-        self.saves.update(metadata.saves)
         self.worker.bind_connector_metadata(metadata)
         self.worker.start_load_kv(None)
         if compute is not None:
@@ -143,8 +141,6 @@ class FakeEngine:
         for _ in range(2000):
             self.step(finished=finished)
             if request.request_id not in self.held:
-                # The worker half knows a little earlier than the store that a save has ended.
-                self.scheduler._scheduler.store.wait([self.saves[request.request_id]], completely=True)
                 return
             self._pause.wait(0.002)
             finished = frozenset()

@@ -10,13 +10,16 @@ from tests.flexkv.device_memory import BLOCK
 from tests.flexkv.fake_engine import Blocks, FakeEngine, Request, Role, engine_config
 
 from flexkv.errors import ConfigError
+from flexkv.integration.vllm import scheduler_connector
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
 
 PROMPT = list(range(10, 10 + 3 * BLOCK + 2))
 
 
 @pytest.fixture
-def make_engine(tmp_path):
+def make_engine(tmp_path, monkeypatch):
+    # A busy machine may need longer than an engine would wait; that would be a miss, and is not what is tested here.
+    monkeypatch.setattr(scheduler_connector, "_SETTLE_TIMEOUT_S", 10.0)
     engines = []
     before = set(threading.enumerate())
 

@@ -93,6 +93,8 @@ class KVTPClient:
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.set(zmq.IDENTITY, b"w" + secrets.token_bytes(8))
         self._socket.set(zmq.LINGER, 500)
+        self._socket.set(zmq.RECONNECT_IVL, 20)  # ms; the store is usually about to come
+        self._socket.set(zmq.RECONNECT_IVL_MAX, 1000)
         self._socket.set(zmq.SNDHWM, 0)  # the tasks the store has alive bound it
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.connect(device_socket(self._directory))  # the store may bind later
@@ -276,8 +278,8 @@ class KVTPClient:
             self._worker.use(copier)
         self._refusal = ""
         self._tasks.start_over("another store took over")
+        self._ready.set()  # before the store hears of it, and hands out tasks
         self._send(msg.Ready())
-        self._ready.set()
         logger.info("device worker ready rank=%d pool_blocks=%d", self._rank, layout.num_blocks)
 
     def _receive_pool(self, layout: PoolLayout) -> CpuPool:

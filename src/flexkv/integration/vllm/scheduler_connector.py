@@ -26,6 +26,11 @@ from kvblocks.events import BlockRemoved, BlockStored
 
 logger = logging.getLogger(__name__)
 
+_WORKER_TIMEOUT_S = 5.0
+"""How long to wait at start for the worker halves, which engines build first, in seconds."""
+_SETTLE_TIMEOUT_S = 0.05
+"""How long to wait for the store to learn that a save has ended, which its worker half knows, in seconds."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Match:
@@ -54,8 +59,11 @@ class SchedulerConnector:
             store_key=config.store_key,
         )
         self.store.start()
+        if not self.store.wait_ready(_WORKER_TIMEOUT_S):
+            logger.warning("no device worker yet: until all %d ranks are there, nothing is cached", config.model.tp_size)
         self._matches: dict[str, _Match] = {}
         self._loads: dict[str, LoadSpec] = {}  # launched, and not reported to have ended
+        self._saves: dict[str, int] = {}  # task by request, not reported to have ended
         self._load_failed: set[str] = set()  # not matched again until they end: the same load would fail again
         self._step = FlexKVConnectorMetadata()
 
@@ -107,6 +115,9 @@ class SchedulerConnector:
             )
         for request_id in connector_output.finished_recving or ():
             self._loads.pop(request_id, None)
+        saved = [self._saves.pop(r) for r in connector_output.finished_sending or () if r in self._saves]
+        if saved:  # a request that comes next shall find what the engine was told is stored
+            self.store.wait(saved, _SETTLE_TIMEOUT_S)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Put the request's full blocks; True while they are needed for that."""
@@ -120,7 +131,7 @@ class SchedulerConnector:
         task_id = self._put(request, block_ids[:num_blocks])
         if task_id is None:
             return False, None
-        self._step.saves[request_id] = task_id
+        self._saves[request_id] = self._step.saves[request_id] = task_id
         return True, None
 
     def take_events(self) -> Iterable[BlockStored | BlockRemoved]:
