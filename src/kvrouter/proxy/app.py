@@ -5,6 +5,7 @@ Every error is an OpenAI error object: {"error": {"message", "type", "param", "c
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -50,7 +51,8 @@ def make_app(
         return _json(msgspec.json.encode(document), 200 if is_ok else 503)
 
     async def render_metrics(request: web.Request) -> web.Response:
-        return web.Response(body=metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        text = await asyncio.to_thread(metrics.render)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     app = web.Application(middlewares=[_openai_errors(config)], client_max_size=config.max_body_bytes)
     for path in COMPLETION_PATHS:

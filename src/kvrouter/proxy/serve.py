@@ -12,6 +12,7 @@ The way down: the HTTP server first (requests in flight have a few seconds), the
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import logging
 import signal
@@ -28,7 +29,9 @@ from aiohttp import web
 from kvrouter.config import RouterConfig
 from kvrouter.errors import ConfigError, KVRouterError, ListenError
 from kvrouter.indexer import Indexer
+from kvrouter.kvblock.in_memory import InMemoryIndex
 from kvrouter.kvevents.subscriber_manager import PodEndpoint, SubscriberManager
+from kvrouter.metrics.collector import EventPathCollector
 from kvrouter.proxy.app import make_app
 from kvrouter.proxy.forwarding import Forwarder
 from kvrouter.proxy.health import HealthMonitor
@@ -66,6 +69,9 @@ class ProxyServer:
         )
         self.metrics: Final = ProxyMetrics()
         self.metrics.watch(self.registry.pods)
+        EventPathCollector(
+            self.metrics.registry, self.subscribers.counters.snapshot, self._event_states, self._index_gauges
+        )
         policy = make_policy(config.proxy_config)
         self.router: Final = Router(indexer, self.registry, policy, config.proxy_config, self.metrics)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="kvrouter-subscriptions")
@@ -134,6 +140,13 @@ class ProxyServer:
         if self.registry[name].config.events_endpoint is not None:
             self._run_in_background(name, lambda: self._reset(name))
 
+    def _event_states(self) -> dict[str, str]:
+        return {name: self.subscribers.state(name) for name in self.subscribers.pods()}
+
+    def _index_gauges(self) -> dict[str, int]:
+        index = self.indexer.index
+        return dataclasses.asdict(index.stats()) if isinstance(index, InMemoryIndex) else {}
+
     def _reset(self, name: str) -> None:
         if name in self.subscribers.pods():  # it may not have been listened to yet
             self.subscribers.reset_pod(name)
@@ -178,21 +191,23 @@ def open_listener(host: str, port: int) -> socket.socket:
     Raises:
         ListenError: the port is in use or not allowed, or the host is not one of this machine's.
     """
+    if not 0 <= port <= 65535:
+        raise ListenError(f"cannot listen on {host}:{port}: a port is in 0..65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ListenError(f"cannot listen on {host}:{port}: {error}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
         listener.setblocking(False)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
-        in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        in_use = error.errno == errno.EADDRINUSE
         why = "the port is in use; choose another, or 0 for any" if in_use else str(error)
         raise ListenError(f"cannot listen on {host}:{port}: {why}") from error
     return listener
