@@ -139,6 +139,15 @@ def test_official_client_chats_and_streams(server: Server) -> None:
     assert [card.id for card in server.client().models.list()] == [MODEL]
 
 
+def test_cache_salts_do_not_share_blocks(server: Server) -> None:
+    cached = []
+    for salt in ("alice", "bob", "alice"):
+        body = {"model": MODEL, "prompt": [9] * 40, "max_tokens": 1, "cache_salt": salt}
+        usage = httpx.post(f"{server.url}/v1/completions", json=body, timeout=DEADLINE_S).json()["usage"]
+        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert cached == [0, 0, 32]
+
+
 async def test_requests_in_one_batch_get_what_they_get_alone(server: Server) -> None:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", timeout=DEADLINE_S) as client:
 
