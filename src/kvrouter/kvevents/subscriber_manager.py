@@ -16,8 +16,9 @@ from kvrouter.kvblock.base import Index
 from kvrouter.kvblock.token_processor import TokenProcessor
 from kvrouter.kvevents.adapters import EventMessage, parse_topic
 from kvrouter.kvevents.counters import EventCounters
-from kvrouter.kvevents.pool import EventPool, StreamId
+from kvrouter.kvevents.pool import EventPool
 from kvrouter.kvevents.recovery import StreamState
+from kvrouter.kvevents.worker import StreamId
 from kvrouter.kvevents.zmq_subscriber import ZmqSubscriber
 
 logger = logging.getLogger(__name__)
