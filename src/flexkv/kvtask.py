@@ -250,7 +250,7 @@ class KVTaskEngine:
         self._finished[task.task_id] = task
         if len(self._finished) > self._max_tasks:
             del self._finished[next(iter(self._finished))]
-        if error:
+        if task.state is TaskState.FAILED:
             logger.warning("task failed task_id=%d kind=%s error=%s", task.task_id, task.plan.kind, error)
         self._changed.notify_all()
 

@@ -120,7 +120,7 @@ def _tensor_layout(name: str, tensor: Any, model: ModelConfig, tokens_per_block:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype != model.dtype:
         raise ConfigError(f"KV tensor {name!r} holds {dtype}, the store was told {model.dtype}")
-    names = _dim_names(name, shape, strides, model, tokens_per_block)
+    names = _dim_names(name, shape, model, tokens_per_block)
     element_bytes = DTYPE_BYTES[dtype]
     dims = [BlockDim(names[i], shape[i], strides[i] * element_bytes) for i in range(len(shape))]
     block = names.index("block")
@@ -140,19 +140,18 @@ def _tensor_layout(name: str, tensor: Any, model: ModelConfig, tokens_per_block:
     )
 
 
-def _dim_names(
-    name: str, shape: Sequence[int], strides: Sequence[int], model: ModelConfig, tokens_per_block: int
-) -> list[str]:
+def _dim_names(name: str, shape: Sequence[int], model: ModelConfig, tokens_per_block: int) -> list[str]:
     """Name each dimension of a KV tensor: block, kv, token, head, element."""
     heads, size = model.num_kv_heads, model.head_size
     candidates: list[tuple[list[str], tuple[int, ...]]]
     if model.use_mla:
         candidates = [(["block", "token", "element"], (tokens_per_block, size))]
     else:
-        inner = [(["token", "head", "element"], (tokens_per_block, heads, size))]
-        inner.append((["head", "token", "element"], (heads, tokens_per_block, size)))
-        if heads == tokens_per_block:  # the shape cannot tell them apart, the strides can: tokens of a head are near
-            inner.sort(key=lambda entry: (strides[-3] > strides[-2]) != (entry[0][0] == "head"))
+        # With as many heads as tokens the shape cannot tell; the first is the order of this project's own engine.
+        inner = [
+            (["head", "token", "element"], (heads, tokens_per_block, size)),
+            (["token", "head", "element"], (tokens_per_block, heads, size)),
+        ]
         candidates = [(["block", "kv", *names], (2, *sizes)) for names, sizes in inner]
         candidates += [(["kv", "block", *names], (2, *sizes)) for names, sizes in inner]
     for names, sizes in candidates:

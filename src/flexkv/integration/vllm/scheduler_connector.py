@@ -60,7 +60,7 @@ class SchedulerConnector:
         )
         self.store.start()
         if not self.store.wait_ready(_WORKER_TIMEOUT_S):
-            logger.warning("no device worker yet: until all %d ranks are there, nothing is cached", config.model.tp_size)
+            logger.warning("no device worker yet: nothing is cached until all ranks=%d came", config.model.tp_size)
         self._matches: dict[str, _Match] = {}
         self._loads: dict[str, LoadSpec] = {}  # launched, and not reported to have ended
         self._saves: dict[str, int] = {}  # task by request, not reported to have ended

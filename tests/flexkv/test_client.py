@@ -1,0 +1,162 @@
+"""Device workers in processes of their own: sockets, shared memory and what is left when one dies."""
+
+import os
+import stat
+import threading
+
+import pytest
+import zmq
+from tests.flexkv.device_memory import BLOCK, MODEL, make_kv_caches, slots_of
+from tests.flexkv.worker_process import WorkerProcess
+
+from flexkv.common.config import CacheConfig, CpuTierConfig, ModelConfig
+from flexkv.common.request import ResponseStatus
+from flexkv.errors import ConfigError
+from flexkv.kvmanager import KVManager
+from flexkv.server.client import KVTPClient
+from flexkv.server.runtime_dir import device_socket, ensure_private, store_dir
+
+TOKENS = list(range(2 * BLOCK))
+
+
+@pytest.fixture
+def store():
+    with KVManager(MODEL, CacheConfig(CpuTierConfig(num_blocks=8), BLOCK)) as store:
+        yield store
+        store.check_integrity()
+
+
+def pool_mappings() -> int:
+    with open("/proc/self/maps") as maps:
+        return sum("kvstrata-" in line for line in maps)
+
+
+def test_a_worker_in_another_process_moves_the_bytes(store):
+    worker = WorkerProcess(store.device_dir)
+    try:
+        assert store.wait_ready(30.0)
+        worker.ask("fill 1 11")
+        worker.ask("fill 2 22")
+        task = store.put_async(TOKENS, slots_of([1, 2]))
+        assert store.wait([task])[task].ok
+        task = store.get_async(TOKENS, slots_of([8, 7]))
+        assert store.wait([task])[task].ok
+        assert worker.ask("read 8") == worker.ask("read 1") != worker.ask("read 2")
+        assert worker.ask("read 7") == worker.ask("read 2")
+    finally:
+        worker.close()
+
+
+def test_a_killed_worker_fails_its_ops_and_a_new_one_serves(store):
+    dead = WorkerProcess(store.device_dir, gated=True)  # its ops wait for a release that never comes
+    assert store.wait_ready(30.0)
+    waiting = store.put_async(TOKENS, slots_of([1, 2]))
+    answered = threading.Event()
+    threading.Thread(target=lambda: (store.wait([waiting], 30.0), answered.set())).start()
+    dead.kill()
+    assert answered.wait(20.0), "completion must not wait for the op's deadline"
+    response = store.wait([waiting])[waiting]
+    assert response.status is ResponseStatus.FAILED
+    assert "died" in response.error
+    assert store.stats().num_in_flight_blocks == 0
+    assert not store.get_match(TOKENS)[1].any(), "what was never copied must not be found"
+
+    worker = WorkerProcess(store.device_dir)
+    try:
+        assert worker.ask("ready") == "True"
+        assert store.wait_ready(20.0)
+        task = store.put_async(TOKENS, slots_of([1, 2]))
+        assert store.wait([task])[task].ok
+    finally:
+        worker.close()
+
+
+def test_two_ranks_share_a_block():
+    model = ModelConfig(2, 3, 8, "float32", tp_size=2, model_id="tp2")
+    caches = [make_kv_caches(model, 8, BLOCK) for _ in range(2)]
+    for rank, kv_caches in enumerate(caches):
+        for tensor in kv_caches.values():
+            tensor[1] = rank + 1.0
+    with KVManager(model, CacheConfig(CpuTierConfig(num_blocks=4), BLOCK)) as store:
+        clients = [KVTPClient(store.device_dir, rank, model, BLOCK) for rank in range(2)]
+        with clients[0], clients[1]:
+            clients[0].register(caches[0])
+            assert clients[0].wait_ready(20.0)
+            assert not store.is_ready(), "one rank is not enough"
+            clients[1].register(caches[1])
+            assert store.wait_ready(20.0)
+            task = store.put_async(TOKENS[:BLOCK], slots_of([1]))
+            assert store.wait([task])[task].ok
+            task = store.get_async(TOKENS[:BLOCK], slots_of([5]))
+            assert store.wait([task])[task].ok
+            for rank, kv_caches in enumerate(caches):
+                assert all(bool((tensor[5] == rank + 1.0).all()) for tensor in kv_caches.values())
+            clients[1].close()
+            task = store.get_async(TOKENS[:BLOCK], slots_of([6]))
+            assert not store.wait([task])[task].ok
+
+
+def test_the_pool_leaves_nothing_behind(store):
+    before = set(os.listdir("/dev/shm"))
+    with KVManager(MODEL, CacheConfig(CpuTierConfig(num_blocks=8), BLOCK)) as other:
+        assert pool_mappings() == 2
+        assert set(os.listdir("/dev/shm")) == before, "the pool has no name anybody could leave behind"
+        assert stat.S_IMODE(other.device_dir.stat().st_mode) == 0o700
+    assert pool_mappings() == 1
+    assert not other.device_dir.exists()
+
+
+def test_a_worker_of_another_shape_is_refused(store, caplog):
+    model = ModelConfig(2, 1, 8, "float32")
+    with KVTPClient(store.device_dir, 0, model, BLOCK) as client:
+        client.register(make_kv_caches(model, 4, BLOCK))
+        assert not client.wait_ready(0.5)
+        assert not store.is_ready()
+    assert "bytes" in caplog.text
+
+
+def test_a_rank_that_is_taken_is_refused(store):
+    with (
+        KVTPClient(store.device_dir, 0, MODEL, BLOCK) as first,
+        KVTPClient(store.device_dir, 0, MODEL, BLOCK) as second,
+    ):
+        first.register(make_kv_caches(MODEL, 4, BLOCK))
+        assert first.wait_ready(20.0)
+        second.register(make_kv_caches(MODEL, 4, BLOCK))
+        assert not second.wait_ready(0.5)
+        first.close()
+        assert second.wait_ready(20.0), "the place is free again"
+
+
+def test_a_worker_may_come_before_its_store(tmp_path):
+    directory = store_dir(tmp_path, "engine/dp0")
+    with KVTPClient(directory, 0, MODEL, BLOCK) as client:
+        client.register(make_kv_caches(MODEL, 4, BLOCK))
+        cache = CacheConfig(CpuTierConfig(num_blocks=8), BLOCK)
+        for _ in range(2):  # and outlive it
+            with KVManager(MODEL, cache, runtime_dir=tmp_path, store_key="engine") as store:
+                assert store.device_dir == directory
+                assert store.wait_ready(20.0)
+                task = store.put_async(TOKENS, slots_of([1, 2]))
+                assert store.wait([task])[task].ok
+
+
+def test_garbage_on_the_socket_is_dropped(store, caplog):
+    with zmq.Context.instance().socket(zmq.DEALER) as stranger:
+        stranger.linger = 1000
+        stranger.connect(device_socket(store.device_dir))
+        for frame in (b"", b"\xff\xff", b"\x93\xa4Ping", bytes(1000)):
+            stranger.send(frame)
+        with KVTPClient(store.device_dir, 0, MODEL, BLOCK) as client:
+            client.register(make_kv_caches(MODEL, 4, BLOCK))
+            assert store.wait_ready(20.0)
+
+
+def test_directories_that_others_may_enter_are_refused(tmp_path):
+    open_dir = tmp_path / "open"
+    open_dir.mkdir(mode=0o777)
+    open_dir.chmod(0o777)
+    with pytest.raises(ConfigError, match="0700"):
+        ensure_private(open_dir)
+    with pytest.raises(ConfigError, match="too long"):
+        store_dir(tmp_path / ("x" * 100), "engine")
