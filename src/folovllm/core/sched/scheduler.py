@@ -191,6 +191,10 @@ class Scheduler:
             request.append_output_token_ids([token_id])
             if request.check_stop(self.max_model_len):
                 self._finish(request, request.status)
+            elif request.num_tokens > self.capacity_tokens:
+                # Even alone it would be preempted for ever. A max_model_len within the capacity rules this out.
+                self._log_failure(request, "it outgrew the block pool")
+                self._finish(request, RequestStatus.FINISHED_ERROR)
             outputs.append(_make_output(request, [token_id]))
         if not self.requests and not self.transfers.held_request_ids:
             assert self.kv_cache_manager.usage == 0, "blocks leaked"
@@ -264,9 +268,8 @@ class Scheduler:
                     break  # who runs will free blocks
                 if self._reclaim_from_waiting(spare=request):
                     continue
-                if not self.has_pending_transfers:
-                    self._fail(request, f"it needs {request.num_tokens} tokens")
-                    continue
+                # Else all blocks are free, and requests that no pool of this size can hold were ended before.
+                assert self.has_pending_transfers, f"{request.request_id} does not fit an empty pool"
             if admission in (_Admission.NO_ROOM, _Admission.OVER_BUDGET):
                 break
             self.waiting.pop_request()
@@ -295,7 +298,8 @@ class Scheduler:
         if new_blocks is None:
             return _Admission.NO_ROOM
         self.transfers.on_allocated(request, external)
-        request.note_cached_tokens(min(num_computed, request.num_tokens - 1), external.num_tokens)
+        num_cached = min(num_computed, request.num_tokens - 1)
+        request.note_cached_tokens(num_cached, min(external.num_tokens, num_cached - num_local))
         request.num_computed_tokens = num_computed
         if external.is_async:
             request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
@@ -326,6 +330,11 @@ class Scheduler:
         self.transfers.release(request)
 
     def _fail(self, request: Request, why: str) -> None:
+        self._log_failure(request, why)
+        self._finish(request, RequestStatus.FINISHED_ERROR)
+        self._pending_outputs.append(_make_output(request, []))
+
+    def _log_failure(self, request: Request, why: str) -> None:
         logger.error(
             "request failed request_id=%s: %s; max_model_len=%d, block pool capacity=%d tokens",
             request.request_id,
@@ -333,8 +342,6 @@ class Scheduler:
             self.max_model_len,
             self.capacity_tokens,
         )
-        self._finish(request, RequestStatus.FINISHED_ERROR)
-        self._pending_outputs.append(_make_output(request, []))
 
     def _update_from_transfers(self, report: KVConnectorOutput) -> set[str]:
         """Take in the worker's report; returns the ids whose tokens of this step are worthless."""
