@@ -198,6 +198,25 @@ def test_sliding_window_that_no_layer_uses_is_accepted(copy_of, checkpoint):
     make_runner(directory)
 
 
+@pytest.mark.parametrize(
+    ("name", "old_style"),
+    [
+        ("qwen3-theta1e6-6layers", {"rope_theta": 1e6}),
+        (
+            "qwen2-yarn-gqa3",
+            {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+        ),
+    ],
+)
+def test_rope_options_in_the_older_config_format_mean_the_same(name, old_style, copy_of, checkpoint):
+    directory = copy_of(name)
+    config = json.loads((directory / "config.json").read_text())
+    del config["rope_parameters"]
+    (directory / "config.json").write_text(json.dumps({**config, **old_style}))
+    tables = [make_runner(path).model.model.rotary.cos_sin for path in (directory, checkpoint(name))]
+    assert torch.equal(*tables)
+
+
 def test_missing_model_directory_is_refused():
     with pytest.raises(ModelLoadError, match="is not a directory"):
         EngineArgs(model="./no-such-model").resolve()

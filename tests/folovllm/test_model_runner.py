@@ -111,6 +111,21 @@ def test_finished_requests_are_forgotten_and_their_id_may_come_back(driver, chec
     assert driver.runner.input_batch.req_ids == []
 
 
+def test_preempted_requests_hold_no_row(checkpoint):
+    driver = RunnerDriver(make_runner(checkpoint(NAME), max_num_seqs=2))
+    first, *others = prompts_of(7, 8, 9)
+    expected = driver.generate([first], 5)
+    driver.add("away", first)
+    driver.step_all()
+    driver.preempt("away")
+    for i, prompt in enumerate(others):
+        driver.add(str(i), prompt)
+    for _ in range(3):
+        driver.step({name: driver.requests[name].remaining for name in ("0", "1")})
+    driver.finish("0")
+    assert driver.run(5)["away"] == expected[0]
+
+
 def test_input_batch_agrees_with_a_model_under_random_changes():
     """Random adds, removals, block and token appends against a dict of plain lists."""
     dice, batch = random.Random(1), InputBatch(max_num_reqs=6, max_model_len=64, block_size=4)

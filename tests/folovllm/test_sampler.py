@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from folovllm.sample.metadata import SamplingMetadata
+from folovllm.sample.ops.nucleus import keep_nucleus
 from folovllm.sample.ops.topk_topp import FIRST_NUCLEUS, draw
 from folovllm.sample.random import uniforms
 from folovllm.sample.sampler import Sampler
 
-NUM_DRAWS = 20_000
+NUM_DRAWS = 8_000
 
 
 def metadata_of(
@@ -105,6 +106,25 @@ def test_top_p_wider_than_the_first_fetch_reaches_all_its_tokens():
     assert (counts > 0).sum() == round(0.9 * len(flat))
 
 
+@pytest.mark.parametrize("scale", [0.01, 0.5, 2.0, 8.0])
+@pytest.mark.parametrize("rounded", [False, True], ids=["distinct", "many ties"])
+def test_nucleus_is_the_smallest_set_that_reaches_top_p(scale, rounded):
+    logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(8)) * scale
+    logits = logits.bfloat16().float() if rounded else logits
+    weights = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
+    top_p = torch.linspace(0.02, 0.999, 40)
+    kept = keep_nucleus(weights, top_p)
+    assert torch.equal(kept[kept > 0], weights[kept > 0])
+    ordered = weights.double().sort(dim=-1, descending=True).values
+    reached = ordered.cumsum(dim=-1) / ordered.sum(dim=-1, keepdim=True)
+    for row in range(40):
+        size = int((kept[row] > 0).sum())
+        assert torch.equal(kept[row].sort(descending=True).values[:size].double(), ordered[row, :size])
+        # Sums of fp32 weights leave the border uncertain by about 1e-6 of the mass.
+        assert reached[row, size - 1] >= top_p[row] - 1e-6
+        assert size == 1 or reached[row, size - 2] < top_p[row] + 1e-6
+
+
 def test_whole_vocabulary_draw_reaches_first_and_last_token():
     logits = torch.full((1300,), -20.0)
     logits[[0, 511, 512, 1299]] = 0.0
@@ -118,6 +138,12 @@ def test_uniform_at_the_ends_draws_a_possible_token():
     uniform = np.array([0.0, np.nextafter(1.0, 0.0)] * 3)
     tokens = draw(logits, np.array([0, 0, 2, 2, 0, 0]), np.array([1, 1, 1, 1, 0.99, 0.99], np.float32), uniform)
     assert set(tokens.tolist()) <= {1, 3}
+
+
+def test_zero_skips_leading_segments_without_mass():
+    logits = torch.full((1, 1500), float("-inf"))
+    logits[0, 1100] = 0.0
+    assert draw(logits, np.array([0]), np.array([1.0], np.float32), np.array([0.0])).tolist() == [1100]
 
 
 def test_greedy_takes_the_most_likely_even_among_sampling_rows():

@@ -21,6 +21,13 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
+    @classmethod
+    def sharing(cls, weight: nn.Parameter) -> "Linear":
+        """A layer that uses another module's `weight` (tied embeddings)."""
+        linear = cls(weight.shape[1], 0)
+        linear.weight = weight
+        return linear
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[num_tokens, in_features]` -> `[num_tokens, out_features]`."""
         return F.linear(x, self.weight, self.bias)

@@ -144,9 +144,11 @@ class DenseForCausalLM(nn.Module):
         super().__init__()
         refuse_unsupported(hf_config)
         self.model = DenseModel(hf_config, self.traits(hf_config), backend, max_positions)
-        self.lm_head = Linear(hf_config.hidden_size, hf_config.vocab_size)
-        if hf_config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.lm_head = (
+            Linear.sharing(self.model.embed_tokens.weight)
+            if hf_config.tie_word_embeddings
+            else Linear(hf_config.hidden_size, hf_config.vocab_size)
+        )
 
     @staticmethod
     def traits(hf_config: PretrainedConfig) -> DenseTraits:

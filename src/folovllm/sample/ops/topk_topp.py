@@ -1,6 +1,6 @@
 """Draw one token per row under top-k and top-p, from one uniform number per row.
 
-The vocabulary is never sorted for a top-k request, and no noise is drawn over it: the token is found by inverting the
+The vocabulary is never sorted, and no noise is drawn over it: the token is found by inverting the
 cumulative distribution. How a row is treated follows from its own options and logits only, never from its neighbours.
 Mirrors vllm/v1/sample/ops/topk_topp_sampler.py.
 """
@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from folovllm.sample.ops.nucleus import keep_nucleus
+
 SMALLEST_BUCKET = 8
 FIRST_NUCLEUS = 64
-NUCLEUS_GROWTH = 8
 SEGMENT = 512  # tokens summed first when the whole vocabulary is searched
 
 
@@ -52,7 +53,7 @@ def draw(
     free = np.flatnonzero((top_k == 0) & (top_p >= 1.0))
     if len(free):
         index, chosen, _, u = each(free)
-        tokens[index] = _draw_any(chosen, u)
+        tokens[index] = _draw_weighted(_weights(chosen), u)
     return tokens
 
 
@@ -72,23 +73,15 @@ def _draw_top_k(
 
 
 def _draw_top_p(logits: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Fetch the most likely tokens, more of them only for rows whose nucleus is wider."""
-    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
-    open_rows = torch.arange(logits.shape[0], device=logits.device)
-    width = FIRST_NUCLEUS
-    while len(open_rows):
-        width = min(width, logits.shape[1])
-        values, token_ids = logits[open_rows].topk(width, dim=-1)
-        probs = torch.exp(values - log_total[open_rows])
-        enough = probs.sum(dim=-1) >= top_p[open_rows]
-        if width == logits.shape[1]:
-            enough = torch.ones_like(enough)
-        rows = open_rows[enough]
-        weights = _nucleus(probs[enough], top_p[rows])
-        tokens[rows] = _take(token_ids[enough], _invert(weights, uniform[rows]))
-        open_rows = open_rows[~enough]
-        width *= NUCLEUS_GROWTH
+    """Look among the most likely tokens first; only rows whose nucleus is wider go through the vocabulary."""
+    width = min(FIRST_NUCLEUS, logits.shape[1])
+    values, token_ids = logits.topk(width, dim=-1)
+    probs = torch.exp(values - torch.logsumexp(logits, dim=-1, keepdim=True))
+    tokens = _take(token_ids, _invert(_nucleus(probs, top_p), uniform))
+    wider = torch.nonzero(probs.sum(dim=-1) < top_p).squeeze(1)
+    if len(wider):
+        weights = keep_nucleus(_weights(logits[wider]), top_p[wider])
+        tokens[wider] = _draw_weighted(weights, uniform[wider])
     return tokens
 
 
@@ -98,17 +91,23 @@ def _nucleus(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     return probs.masked_fill((before >= top_p[:, None]) & (top_p[:, None] < 1.0), 0.0)
 
 
-def _draw_any(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Over the whole vocabulary: first find the segment, then the token in it."""
+def _weights(logits: torch.Tensor) -> torch.Tensor:
+    """exp(logits - max), padded with zeros to whole segments."""
     num_rows, vocab_size = logits.shape
     weights = logits.new_zeros(num_rows, vocab_size + -vocab_size % SEGMENT)
     torch.sub(logits, logits.amax(dim=-1, keepdim=True), out=weights[:, :vocab_size]).exp_()
+    return weights
+
+
+def _draw_weighted(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Over the whole vocabulary: first find the segment, then the token in it."""
+    num_rows = len(weights)
     segments = weights.view(num_rows, -1, SEGMENT)
     masses = segments.sum(dim=-1).double()
     ends = masses.cumsum(dim=-1)
     target = _below(uniform * ends[:, -1], ends[:, -1])
     segment = torch.searchsorted(ends, target[:, None], right=True).squeeze(1)
-    rows = torch.arange(num_rows, device=logits.device)
+    rows = torch.arange(num_rows, device=weights.device)
     mass = masses[rows, segment]
     within = (target - (ends[rows, segment] - mass)).clamp(min=0.0) / mass
     return segment * SEGMENT + _invert(segments[rows, segment], within)
