@@ -76,10 +76,12 @@ async def test_request_without_a_model_gets_the_only_one(start_proxy: StartProxy
         async with start_proxy(PodConfig("a", pod.url)) as proxy, await send(proxy, b'{"prompt": "a"}') as response:
             assert response.status == 200
         other = PodConfig("b", "http://127.0.0.1:9", model="n")
-        async with start_proxy(PodConfig("a", pod.url), other) as proxy:
-            async with await send(proxy, b'{"prompt": "a"}') as response:
-                assert response.status == 400
-                assert "model is required" in str((await error_of(response))["message"])
+        async with (
+            start_proxy(PodConfig("a", pod.url), other) as proxy,
+            await send(proxy, b'{"prompt": "a"}') as response,
+        ):
+            assert response.status == 400
+            assert "model is required" in str((await error_of(response))["message"])
 
 
 async def test_no_healthy_pod_is_503(start_proxy: StartProxy) -> None:
@@ -122,8 +124,11 @@ async def test_unknown_path_and_method_are_openai_errors(start_proxy: StartProxy
 
 
 async def test_models_are_learnt_from_the_pods(start_proxy: StartProxy) -> None:
-    async with FakePod("a", model="n").serve() as pod, start_proxy(POD, PodConfig("b", pod.url)) as proxy:
-        async with proxy.client.get(proxy.url + "/v1/models") as response:
-            document = await response.json()
+    async with (
+        FakePod("a", model="n").serve() as pod,
+        start_proxy(POD, PodConfig("b", pod.url)) as proxy,
+        proxy.client.get(proxy.url + "/v1/models") as response,
+    ):
+        document = await response.json()
     assert document["object"] == "list"
     assert [(model["id"], model["object"]) for model in document["data"]] == [("m", "model"), ("n", "model")]

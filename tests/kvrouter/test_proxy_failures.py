@@ -59,15 +59,18 @@ async def test_pod_killed_mid_stream_ends_the_stream_with_one_error_event(start_
 
 async def test_openai_client_sees_the_broken_stream_as_an_api_error(start_proxy: StartProxy) -> None:
     with pod_process("a") as pod:
-        async with start_proxy(config_of(pod)) as proxy, asyncio.timeout(TIMEOUT_S):
-            async with openai.AsyncOpenAI(base_url=proxy.url + "/v1", api_key="k", max_retries=0) as client:
-                stream = await client.completions.create(
-                    model="m", prompt="hi", stream=True, extra_body={"fake": {"chunks": 3, "hang_after": 1}}
-                )
-                assert (await anext(stream)).choices[0].text == "a-0"
-                pod.kill()
-                with pytest.raises(openai.APIError, match="broke off"):
-                    await anext(stream)
+        async with (
+            start_proxy(config_of(pod)) as proxy,
+            asyncio.timeout(TIMEOUT_S),
+            openai.AsyncOpenAI(base_url=proxy.url + "/v1", api_key="k", max_retries=0) as client,
+        ):
+            stream = await client.completions.create(
+                model="m", prompt="hi", stream=True, extra_body={"fake": {"chunks": 3, "hang_after": 1}}
+            )
+            assert (await anext(stream)).choices[0].text == "a-0"
+            pod.kill()
+            with pytest.raises(openai.APIError, match="broke off"):
+                await anext(stream)
 
 
 async def test_requests_of_a_killed_pod_are_answered_by_the_other(start_proxy: StartProxy) -> None:

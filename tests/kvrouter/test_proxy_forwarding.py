@@ -80,17 +80,20 @@ async def test_headers_and_query_reach_the_pod_without_those_of_the_connection(s
 
 
 async def test_refused_connection_is_retried_on_another_pod_which_then_gets_all(start_proxy: StartProxy) -> None:
-    async with FakePod("alive").serve() as alive, FakePod("dead").serve() as dead:
-        async with start_proxy(config_of(dead), config_of(alive), policy="round_robin") as proxy:
-            dead_pod = proxy.server.registry["dead"]
-            # Its name stays, its port does not answer any more.
-            dead_pod.config = PodConfig("dead", f"http://127.0.0.1:{free_port()}", model="m")
-            for _ in range(3):
-                async with await post(proxy) as response:
-                    assert response.status == 200
-                    assert response.headers["x-kvstrata-pod"] == "alive"
-            assert dead_pod.state.value == "down"
-            metrics = await (await proxy.client.get(proxy.url + "/metrics")).text()
+    async with (
+        FakePod("alive").serve() as alive,
+        FakePod("dead").serve() as dead,
+        start_proxy(config_of(dead), config_of(alive), policy="round_robin") as proxy,
+    ):
+        dead_pod = proxy.server.registry["dead"]
+        # Its name stays, its port does not answer any more.
+        dead_pod.config = PodConfig("dead", f"http://127.0.0.1:{free_port()}", model="m")
+        for _ in range(3):
+            async with await post(proxy) as response:
+                assert response.status == 200
+                assert response.headers["x-kvstrata-pod"] == "alive"
+        assert dead_pod.state.value == "down"
+        metrics = await (await proxy.client.get(proxy.url + "/metrics")).text()
     assert 'kvrouter_proxy_retries_total{pod="dead",reason="unreachable"} 1.0' in metrics
     assert "kvrouter_proxy_failovers_total 1.0" in metrics
     assert 'kvrouter_proxy_requests_total{pod="alive",status="200"} 3.0' in metrics
@@ -99,11 +102,14 @@ async def test_refused_connection_is_retried_on_another_pod_which_then_gets_all(
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_connection_closed_before_an_answer_is_tried_elsewhere(start_proxy: StartProxy, stream: bool) -> None:
-    async with FakePod("a").serve() as a, FakePod("b").serve() as b:
-        async with start_proxy(config_of(a), config_of(b), policy="round_robin") as proxy:
-            async with await post(proxy, {"abort": True}, stream=stream) as response:
-                assert response.status == 502
-                error = (await response.json())["error"]
+    async with (
+        FakePod("a").serve() as a,
+        FakePod("b").serve() as b,
+        start_proxy(config_of(a), config_of(b), policy="round_robin") as proxy,
+        await post(proxy, {"abort": True}, stream=stream) as response,
+    ):
+        assert response.status == 502
+        error = (await response.json())["error"]
     assert error["code"] == "pod_failed"
     assert "closed the connection" in error["message"]
     assert len(a.bodies) + len(b.bodies) == 3  # both once, and one of them again: the connection may have been stale
@@ -112,10 +118,14 @@ async def test_connection_closed_before_an_answer_is_tried_elsewhere(start_proxy
 
 
 async def test_status_503_is_tried_elsewhere_and_passed_on_when_nobody_is_left(start_proxy: StartProxy) -> None:
-    async with FakePod("a").serve() as a, FakePod("b").serve() as b, start_proxy(config_of(a), config_of(b)) as proxy:
-        async with await post(proxy, {"status": 503}) as response:
-            assert response.status == 503
-            assert "says no" in (await response.json())["error"]["message"]
+    async with (
+        FakePod("a").serve() as a,
+        FakePod("b").serve() as b,
+        start_proxy(config_of(a), config_of(b)) as proxy,
+        await post(proxy, {"status": 503}) as response,
+    ):
+        assert response.status == 503
+        assert "says no" in (await response.json())["error"]["message"]
     assert (len(a.bodies), len(b.bodies)) == (1, 1)
 
 

@@ -14,9 +14,12 @@ from kvrouter.config import PodConfig
 
 @pytest.fixture
 async def client(start_proxy: StartProxy) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with FakePod("a").serve() as pod, start_proxy(PodConfig("a", pod.url)) as proxy:
-        async with openai.AsyncOpenAI(base_url=proxy.url + "/v1", api_key="k", max_retries=0) as client:
-            yield client
+    async with (
+        FakePod("a").serve() as pod,
+        start_proxy(PodConfig("a", pod.url)) as proxy,
+        openai.AsyncOpenAI(base_url=proxy.url + "/v1", api_key="k", max_retries=0) as client,
+    ):
+        yield client
 
 
 MESSAGES = [{"role": "user", "content": "hi"}]

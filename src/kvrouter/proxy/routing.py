@@ -122,6 +122,8 @@ class Router:
             token_ids = await self._tokenize(source, model, body.add_special_tokens)
         if token_ids is None:
             return PreparedPrompt(model, max(1, num_bytes // BYTES_PER_TOKEN))
+        if not self._policy.needs_scores:
+            return PreparedPrompt(model, len(token_ids))
         return PreparedPrompt(model, len(token_ids), token_ids, body.cache_salt)
 
     async def _tokenize(
@@ -158,7 +160,7 @@ class Router:
         """Return pod -> cached tokens, and pod -> the same weighted by tier."""
         cached: dict[str, int] = {}
         credit: dict[str, float] = {}
-        if prompt.token_ids is None or not self._policy.needs_scores:
+        if prompt.token_ids is None:
             return cached, credit
         block_size = self._indexer.block_size
         for model in dict.fromkeys(pod.models[0] for pod in pods):
