@@ -176,7 +176,7 @@ def test_request_that_shares_a_block_whose_load_fails_in_the_same_step_is_recomp
 
 
 def test_wrong_blocks_behind_a_bad_one_are_traced_to_requests_that_do_not_hold_it() -> None:
-    """The bad block's content exists in a good copy, too: who got that copy still computed with what stands behind it."""
+    """The bad block has a good copy, too: who got that one still computed with what stands behind the bad one."""
     connector = FakeConnector()
     scheduler, runner = make(connector)
     add(scheduler, "old", PROMPT[:8], max_tokens=1)
@@ -265,7 +265,7 @@ def test_connector_hears_of_a_request_that_ended_before_it_had_blocks() -> None:
 
 def test_requests_that_hold_what_they_loaded_do_not_wait_for_each_other_for_ever() -> None:
     """Each loads three blocks of a pool of seven and needs six in all."""
-    connector = FakeConnector(hits={name: (12, True, 2, "ok") for name in "ab"})
+    connector = FakeConnector(hits=dict.fromkeys("ab", (12, True, 2, "ok")))
     scheduler, runner = make(connector, num_blocks=8, caching=False)
     prompts = {name: [ord(name), *range(22)] for name in "ab"}
     for name, prompt in prompts.items():
