@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 SHUTDOWN_GRACE_S: Final = 5.0
 """How long requests in flight may take to end once the router is told to."""
 _BACKLOG: Final = 1024
+_SUBSCRIBE_TIMEOUT_S: Final = 5.0
 
 
 class ProxyServer:
@@ -99,6 +100,7 @@ class ProxyServer:
                 app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_GRACE_S
             )
             await self._runner.setup()
+            await self._subscriptions_made()
             await web.SockSite(self._runner, self._listener, backlog=_BACKLOG).start()
         except BaseException:
             await self.close()
@@ -127,6 +129,15 @@ class ProxyServer:
         await loop.run_in_executor(None, lambda: self._background.shutdown(cancel_futures=True))
         await loop.run_in_executor(None, self.subscribers.close)
         self._listener.close()
+
+    async def _subscriptions_made(self) -> None:
+        """Wait, not for long, until all that was asked for has been done: then no event is missed for want of time."""
+        done = asyncio.get_running_loop().run_in_executor(self._background, lambda: None)
+        try:
+            async with asyncio.timeout(_SUBSCRIBE_TIMEOUT_S):
+                await done
+        except TimeoutError:
+            logger.warning("event=subscriptions_late: serving without them")
 
     def _on_model(self, name: str, model: str) -> None:
         pod = self.registry[name].config
