@@ -8,6 +8,7 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <stdexcept>
@@ -110,8 +111,10 @@ nb::tuple apply(EventApplier& applier, const nb::bytes& payload) {
     const nb::gil_scoped_release unlocked;
     result = applier.apply(bytes);
   }
-  nb::list rejected;
-  for (const std::uint32_t count : result.num_rejected) rejected.append(count);
+  nb::object rejected = nb::none();
+  if (std::ranges::any_of(result.num_rejected, [](std::uint32_t count) { return count != 0; })) {
+    rejected = nb::cast(std::vector<std::uint32_t>(result.num_rejected.begin(), result.num_rejected.end()));
+  }
   return nb::make_tuple(result.num_events, result.num_stored, result.num_removed, result.num_cleared, result.rank,
                         rejected);
 }

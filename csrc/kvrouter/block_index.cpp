@@ -9,6 +9,7 @@ namespace {
 
 // How many holds are dropped under one lock of the table, so that clearing a large pod does not stop lookups.
 constexpr std::size_t kDropBatch = 1024;
+constexpr std::size_t kPrefetchDistance = 16;
 
 std::size_t checked_max_blocks(std::size_t max_blocks) {
   if (max_blocks < 1 || max_blocks > kMaxBlocks) {
@@ -96,7 +97,11 @@ std::size_t BlockIndex::store(PodSource& source, std::uint32_t owner, std::span<
     added[i] = source.records_.add(blocks[i].engine_key, blocks[i].request_key, owner, blocks[i].part);
   }
   const std::unique_lock lock(table_mutex_);
+  for (const StoredBlock& block : blocks.first(std::min(kPrefetchDistance, blocks.size()))) {
+    table_.prefetch(block.request_key);
+  }
   for (std::size_t i = 0; i < blocks.size(); ++i) {
+    if (i + kPrefetchDistance < blocks.size()) table_.prefetch(blocks[i + kPrefetchDistance].request_key);
     const std::span<const std::uint8_t> digest = digests.subspan(i * digest_size, digest_size);
     if (!added[i].is_new) {
       table_.renew(blocks[i].request_key, owner_id, digest);
@@ -126,7 +131,7 @@ std::size_t BlockIndex::drop(std::span<const std::pair<std::uint64_t, OwnerId>> 
     const auto batch = holds.subspan(start, std::min(kDropBatch, holds.size() - start));
     const std::unique_lock lock(table_mutex_);
     for (std::size_t i = 0; i < batch.size(); ++i) {
-      if (i + 8 < batch.size()) table_.prefetch(batch[i + 8].first);
+      if (i + kPrefetchDistance < batch.size()) table_.prefetch(batch[i + kPrefetchDistance].first);
       num_released += table_.release(batch[i].first, batch[i].second);
     }
   }

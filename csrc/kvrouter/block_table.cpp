@@ -11,6 +11,8 @@ namespace {
 constexpr unsigned kSlotBits = 27;
 constexpr std::uint32_t kSlotMask = (1u << kSlotBits) - 1;
 constexpr std::size_t kMinSegment = 8;
+constexpr std::size_t kPrefetchDistance = 16;
+constexpr std::uint32_t kDeleted = 0xffffffff;  // no entry: kMaxBlocks keeps slots below
 
 // The low bits of the mixed key choose the segment and the fingerprint, the whole of it the place in the segment.
 std::size_t segment_of(std::uint64_t mixed) { return mixed & 0xff; }
@@ -28,8 +30,9 @@ SlotId BlockTable::find(std::uint64_t key) const {
   if (slots.empty()) return kNoSlot;
   const std::uint32_t tag = fingerprint(mixed);
   for (std::size_t i = home_slot(mixed, slots.size()); slots[i] != 0; i = i + 1 == slots.size() ? 0 : i + 1) {
+    if ((slots[i] & ~kSlotMask) != tag || slots[i] == kDeleted) continue;
     const SlotId slot = (slots[i] & kSlotMask) - 1;
-    if ((slots[i] & ~kSlotMask) == tag && key_of(slot) == key) return slot;
+    if (key_of(slot) == key) return slot;
   }
   return kNoSlot;
 }
@@ -166,7 +169,7 @@ SlotId BlockTable::take_slot() {
 
 // REQUIRES: the slot's set was given back.
 void BlockTable::free_block(SlotId slot) {
-  unlink(key_of(slot));
+  unlink(key_of(slot), slot);
   set_ref(slot) = kEmptySet;
   key_of(slot) = free_head_;
   free_head_ = slot;
@@ -192,43 +195,46 @@ void BlockTable::evict_one() {
 void BlockTable::link(std::uint64_t key, SlotId slot) {
   const std::uint64_t mixed = mix(key);
   Segment& segment = segments_[segment_of(mixed)];
-  if ((segment.num_used + 1) * 5 > segment.slots.size() * 4) grow(segment);
+  if ((segment.num_used + segment.num_deleted + 1) * 5 > segment.slots.size() * 4) rebuild(segment);
   std::vector<std::uint32_t>& slots = segment.slots;
   std::size_t i = home_slot(mixed, slots.size());
-  while (slots[i] != 0) i = i + 1 == slots.size() ? 0 : i + 1;
+  while (slots[i] != 0 && slots[i] != kDeleted) i = i + 1 == slots.size() ? 0 : i + 1;
+  segment.num_deleted -= slots[i] == kDeleted;
   slots[i] = fingerprint(mixed) | (slot + 1);
   ++segment.num_used;
 }
 
-// Closes the gap by moving later entries of the probe sequence back, so that no tombstones are needed.
-void BlockTable::unlink(std::uint64_t key) {
+// Leaves a mark: closing the gap would read the keys of all entries behind it, a cache miss each.
+void BlockTable::unlink(std::uint64_t key, SlotId slot) {
   const std::uint64_t mixed = mix(key);
   Segment& segment = segments_[segment_of(mixed)];
   std::vector<std::uint32_t>& slots = segment.slots;
-  const std::size_t size = slots.size();
-  std::size_t hole = home_slot(mixed, size);
-  while (key_of((slots[hole] & kSlotMask) - 1) != key) hole = hole + 1 == size ? 0 : hole + 1;
-  for (std::size_t i = hole + 1 == size ? 0 : hole + 1; slots[i] != 0; i = i + 1 == size ? 0 : i + 1) {
-    const std::size_t home = home_slot(mix(key_of((slots[i] & kSlotMask) - 1)), size);
-    const std::size_t distance = i >= home ? i - home : i + size - home;
-    const std::size_t gap = i >= hole ? i - hole : i + size - hole;
-    if (distance < gap) continue;
-    slots[hole] = slots[i];
-    hole = i;
-  }
-  slots[hole] = 0;
+  const std::uint32_t entry = fingerprint(mixed) | (slot + 1);
+  std::size_t i = home_slot(mixed, slots.size());
+  while (slots[i] != entry) i = i + 1 == slots.size() ? 0 : i + 1;
+  const std::size_t next = i + 1 == slots.size() ? 0 : i + 1;
+  slots[i] = slots[next] == 0 ? 0 : kDeleted;
+  segment.num_deleted += slots[i] == kDeleted;
   --segment.num_used;
 }
 
-void BlockTable::grow(Segment& segment) {
-  std::vector<std::uint32_t> old(std::max(kMinSegment, segment.slots.size() + segment.slots.size() / 2), 0);
+// Drops the marks, and makes room if those were few.
+void BlockTable::rebuild(Segment& segment) {
+  const std::size_t size = segment.slots.size();
+  const bool is_full = (segment.num_used + 1) * 5 > size * 3;
+  std::vector<std::uint32_t> old(std::max(kMinSegment, is_full ? size + size / 2 : size), 0);
   old.swap(segment.slots);
+  segment.num_deleted = 0;
   std::vector<std::uint32_t>& slots = segment.slots;
-  for (const std::uint32_t entry : old) {
-    if (entry == 0) continue;
-    std::size_t i = home_slot(mix(key_of((entry & kSlotMask) - 1)), slots.size());
+  for (std::size_t at = 0; at < old.size(); ++at) {
+    if (at + kPrefetchDistance < old.size()) {
+      const std::uint32_t ahead = old[at + kPrefetchDistance];
+      if (ahead != 0 && ahead != kDeleted) __builtin_prefetch(&key_of((ahead & kSlotMask) - 1));
+    }
+    if (old[at] == 0 || old[at] == kDeleted) continue;
+    std::size_t i = home_slot(mix(key_of((old[at] & kSlotMask) - 1)), slots.size());
     while (slots[i] != 0) i = i + 1 == slots.size() ? 0 : i + 1;
-    slots[i] = entry;
+    slots[i] = old[at];
   }
 }
 

@@ -5,7 +5,7 @@
 //                         sets    u32     who holds it; 0: the slot is free, and its key is the next free slot + 1
 //                         touched u8      used since the clock hand last passed
 //                         heads   u8[]    the rest of the digest, digest_size - 8 bytes, all zero when unknown
-//   256 segments of       u32             5 bits of the key's hash | slot + 1; 0: empty
+//   256 segments of       u32             5 bits of the key's hash | slot + 1; 0: empty, all ones: deleted
 //
 // A full table drops the block that the clock hand finds unused (second chance, an approximation of LRU that lets
 // readers mark blocks as used without a write lock).
@@ -84,6 +84,7 @@ class BlockTable {
   struct Segment {
     std::vector<std::uint32_t> slots;
     std::size_t num_used = 0;
+    std::size_t num_deleted = 0;  // marks left behind, so that no entry behind them is lost
   };
 
   std::uint64_t& key_of(SlotId slot) { return chunks_[slot / kChunk]->keys[slot % kChunk]; }
@@ -97,8 +98,8 @@ class BlockTable {
   void write_digest(SlotId slot, std::span<const std::uint8_t> digest);
 
   void link(std::uint64_t key, SlotId slot);
-  void unlink(std::uint64_t key);
-  void grow(Segment& segment);
+  void unlink(std::uint64_t key, SlotId slot);
+  void rebuild(Segment& segment);
 
   std::size_t max_blocks_;
   OwnerSets sets_;

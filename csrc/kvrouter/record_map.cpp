@@ -6,7 +6,7 @@ namespace kvrouter {
 
 RecordMap::Added RecordMap::add(std::uint64_t engine_key, std::uint64_t request_key, std::uint32_t owner,
                                 std::uint32_t part) {
-  if ((size_ + 1) * 6 > records_.size() * 5) grow();
+  if ((size_ + 1) * 8 > records_.size() * 7) grow();
   std::size_t i = home(engine_key);
   for (; records_[i].references != 0; i = next(i)) {
     Record& record = records_[i];
@@ -41,7 +41,7 @@ void RecordMap::erase(std::size_t hole) {
 }
 
 void RecordMap::grow() {
-  std::vector<Record> old(std::max<std::size_t>(16, records_.size() + records_.size() * 3 / 8), Record{});
+  std::vector<Record> old(std::max<std::size_t>(16, records_.size() + records_.size() / 4), Record{});
   old.swap(records_);
   for (const Record& record : old) {
     if (record.references == 0) continue;

@@ -68,5 +68,5 @@ class EventApplier:
     def __init__(self, index: BlockIndex, pod: str, model: str, algorithm: str, root: bytes, block_size: int) -> None:
         """Bind a pod and a model; `root` is the digest standing for the parent of first blocks."""
 
-    def apply(self, payload: bytes) -> tuple[int, int, int, int, int, list[int]]:
-        """Apply a msgpack batch; returns (events, stored, removed, clears, rank, rejections)."""
+    def apply(self, payload: bytes) -> tuple[int, int, int, int, int, list[int] | None]:
+        """Apply a msgpack batch; returns (events, stored, removed, clears, rank, rejections or None for none)."""

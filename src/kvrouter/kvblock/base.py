@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +49,10 @@ class PodEntry:
     rank: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ApplyResult:
+_NO_REJECTIONS: Final[Mapping[str, int]] = MappingProxyType({})
+
+
+class ApplyResult(NamedTuple):
     """What one batch of events did to the index.
 
     Attributes:
@@ -69,7 +71,7 @@ class ApplyResult:
     num_removed: int
     num_cleared: int
     rank: int
-    rejected: Mapping[str, int] = field(default_factory=dict)
+    rejected: Mapping[str, int] = _NO_REJECTIONS
 
 
 class EventApplier(Protocol):

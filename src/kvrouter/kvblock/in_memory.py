@@ -129,6 +129,8 @@ class _NativeEventApplier:
     def apply(self, pod: str, model: str, payload: bytes) -> ApplyResult:
         applier = self._appliers.get((pod, model)) or self._make(pod, model)
         num_events, num_stored, num_removed, num_cleared, rank, counts = applier.apply(payload)
+        if counts is None:
+            return ApplyResult(num_events, num_stored, num_removed, num_cleared, rank)
         rejected = {name: count for name, count in zip(_native.REJECTIONS, counts, strict=True) if count}
         return ApplyResult(num_events, num_stored, num_removed, num_cleared, rank, rejected)
 

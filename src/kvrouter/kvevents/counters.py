@@ -19,8 +19,8 @@ class EventCounters:
     """Counts by kind; any thread may use it.
 
     Besides `BENIGN`: "malformed_message", the rejections of `ApplyResult.rejected`, "overflows" (messages dropped
-    because a queue was full), "gaps", "generations" (restarts of an engine noticed), "late_messages" (of a generation
-    that is gone), "histories_lost", "replays_failed" and "expirations".
+    because a queue was full), "gaps", "generations" (restarts of an engine noticed), "histories_lost", "replays_failed"
+    and "expirations".
     """
 
     def __init__(self) -> None:
