@@ -1,8 +1,10 @@
 """An engine is killed under the router: its requests fail over or fail cleanly, and once back it is used again."""
 
 import asyncio
+import itertools
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -33,8 +35,8 @@ def kill_engine(stack: Stack, index: int) -> None:
     assert not alive, f"left behind by a killed engine: {alive}"
 
 
-async def ask_all(stack: Stack, max_tokens: int, on_first=None) -> list[object]:
-    """Every user's first turn at once; results or exceptions, in user order."""
+async def ask_all(stack: Stack, max_tokens: int, on_first=None, seed: int = SPEC.seed) -> list[object]:
+    """Every user's first turn at once; results or exceptions, in user order. Another seed gives other prompts."""
 
     async def one(session: aiohttp.ClientSession, conversation) -> object:
         messages = [
@@ -45,7 +47,10 @@ async def ask_all(stack: Stack, max_tokens: int, on_first=None) -> list[object]:
 
     timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
     async with aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session:
-        tasks = [asyncio.create_task(one(session, conversation)) for conversation in make_conversations(SPEC)]
+        tasks = [
+            asyncio.create_task(one(session, conversation))
+            for conversation in make_conversations(replace(SPEC, seed=seed))
+        ]
         if on_first:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             on_first()
@@ -67,9 +72,11 @@ def test_requests_of_a_killed_engine_fail_over_or_fail_cleanly(stack):
     stack.restart_engine(0)
 
     async def until_used_again() -> None:
+        # Prompts that nobody has seen go to whoever is idle; the old ones rightly stay where they are cached.
         async with asyncio.timeout(DEADLINE_S):
-            while not any(result.pod == "pod-0" for result in await ask_all(stack, 4)):
-                pass
+            for seed in itertools.count(100):
+                if any(result.pod == "pod-0" for result in await ask_all(stack, 4, seed=seed)):
+                    return
 
     asyncio.run(until_used_again())
 
