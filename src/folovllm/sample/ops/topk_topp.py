@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from folovllm.sample.ops.nucleus import keep_nucleus
+from folovllm.sample.ops.nucleus import draw_nucleus
 
 SMALLEST_BUCKET = 8
 FIRST_NUCLEUS = 64
@@ -80,8 +80,9 @@ def _draw_top_p(logits: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor
     tokens = _take(token_ids, _invert(_nucleus(probs, top_p), uniform))
     wider = torch.nonzero(probs.sum(dim=-1) < top_p).squeeze(1)
     if len(wider):
-        weights = keep_nucleus(_weights(logits[wider]), top_p[wider])
-        tokens[wider] = _draw_weighted(weights, uniform[wider])
+        tokens[wider] = draw_nucleus(
+            _weights(logits[wider]), top_p[wider], uniform[wider].cpu().numpy(), _draw_weighted
+        )
     return tokens
 
 
