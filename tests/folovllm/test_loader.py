@@ -204,7 +204,10 @@ def test_sliding_window_that_no_layer_uses_is_accepted(copy_of, checkpoint):
         ("qwen3-theta1e6-6layers", {"rope_theta": 1e6}),
         (
             "qwen2-yarn-gqa3",
-            {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+            {
+                "rope_theta": 1e4,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            },
         ),
     ],
 )
