@@ -177,16 +177,12 @@ def serve_until_stopped(
 ) -> int:
     """Serve a core under the process's signals and its parent's life; to be called in the main thread."""
     proc = EngineCoreProc(input_endpoint, output_endpoint)
-    finished = threading.Event()
-    wakeup_fd = _install_signal_handlers()
-    watchdog = threading.Thread(
-        target=_watch, args=(proc, wakeup_fd, finished, runtime_dir), name="core-watchdog", daemon=True
-    )
+    watchdog = _Watchdog(proc, _install_signal_handlers(), runtime_dir)
     watchdog.start()
     try:
         return proc.run(build_core)
     finally:
-        finished.set()
+        watchdog.finish()
 
 
 def _install_signal_handlers() -> int:
@@ -199,25 +195,45 @@ def _install_signal_handlers() -> int:
     return read_fd
 
 
-def _watch(proc: EngineCoreProc, wakeup_fd: int, finished: threading.Event, runtime_dir: Path) -> None:
-    """Wait for SIGTERM or for the parent's end, stop the loop, and make sure that the process does end."""
-    parent = os.getppid()
-    poller = select.poll()
-    poller.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
-    poller.register(wakeup_fd, select.POLLIN)
-    # The pipe tells at once; asking for the parent as well covers a pipe that a fork of the parent keeps open.
-    while not (ready := poller.poll(_POLL_MS)) and os.getppid() == parent:
-        if finished.is_set():
-            return
-    has_parent = any(fd == wakeup_fd for fd, _ in ready)
-    logger.info("engine core stops reason=%s", "SIGTERM" if has_parent else "front end gone")
-    proc.stop()
-    is_finished = finished.wait(_EXIT_GRACE_S)
-    if not has_parent:
-        shutil.rmtree(runtime_dir, ignore_errors=True)
-    if not is_finished:
-        logger.error("engine core did not stop in time; exits now")
-        os._exit(1)
+class _Watchdog:
+    """Waits for SIGTERM or for the parent's end, stops the main loop, and makes sure that the process does end."""
+
+    def __init__(self, proc: EngineCoreProc, wakeup_fd: int, runtime_dir: Path) -> None:
+        self._proc = proc
+        self._wakeup_fd = wakeup_fd
+        self._runtime_dir = runtime_dir
+        self._is_orphaned = threading.Event()
+        self._is_finished = threading.Event()
+
+    def start(self) -> None:
+        """Begin to watch."""
+        threading.Thread(target=self._run, name="core-watchdog", daemon=True).start()
+
+    def finish(self) -> None:
+        """The main loop has ended: remove what the front end can no longer remove itself."""
+        self._is_finished.set()
+        if self._is_orphaned.is_set():
+            shutil.rmtree(self._runtime_dir, ignore_errors=True)
+
+    def _run(self) -> None:
+        parent = os.getppid()
+        poller = select.poll()
+        poller.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
+        poller.register(self._wakeup_fd, select.POLLIN)
+        # The pipe tells at once; asking for the parent as well covers a pipe that a fork of the parent keeps open.
+        while not (ready := poller.poll(_POLL_MS)) and os.getppid() == parent:
+            if self._is_finished.is_set():
+                return
+        if any(fd == self._wakeup_fd for fd, _ in ready):
+            logger.info("engine core stops reason=SIGTERM")
+        else:
+            logger.info("engine core stops reason=front-end-gone")
+            self._is_orphaned.set()
+        self._proc.stop()
+        if not self._is_finished.wait(_EXIT_GRACE_S):
+            logger.error("engine core did not stop in time; exits now")
+            self.finish()
+            os._exit(1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
