@@ -32,7 +32,7 @@ options = json.loads(sys.argv[1])
 run_server(
     EngineArgs.from_options(options.pop("engine")),
     "127.0.0.1",
-    ready_callback=lambda url: print(url, flush=True),
+    ready_callback=lambda port: print(port, flush=True),
     **options,
 )
 """
@@ -77,10 +77,10 @@ def start(small_model: Path) -> Iterator[Callable[..., Server]]:
         process = launch(small_model, **options)
         servers.append(process)
         assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        if not url:
+        port = process.stdout.readline().strip()
+        if not port:
             pytest.fail(f"the server did not start: {process.communicate()[1]}")
-        return Server(process, url)
+        return Server(process, f"http://127.0.0.1:{port}")
 
     yield start
     for process in servers:
