@@ -83,7 +83,9 @@ class HostTransfer {
  private:
   void check(std::span<const int64_t> device_blocks, std::span<const int64_t> pool_blocks, int64_t first_layer,
              int64_t num_layers) const;
-  void copy_layer_block(Direction direction, std::byte* device, std::byte* pool) const;
+  // Calls emit(device, pool) for each piece of one layer of a block that is contiguous on both sides.
+  template <typename Emit>
+  void for_each_run(std::byte* device, std::byte* pool, const Emit& emit) const;
 
   DeviceSide device_;  // constant after construction, as all below but crew_
   PoolSide pool_;

@@ -82,6 +82,9 @@ TEST_CASE("strided blocks survive the round trip, alone and on several threads")
   check_round_trip(Fixture(1, 1, 1, 1, 1, 1), 2);
   check_round_trip(Fixture(2, 9, 2, 1, 16, 129), 2);   // one head: tokens merge into one odd run
   check_round_trip(Fixture(4, 40, 2, 4, 16, 256), 3);  // large enough to use every thread
+  check_round_trip(Fixture(2, 7, 2, 1, 1, 2048), 1);   // one run per plane, several gathered
+  check_round_trip(Fixture(2, 7, 2, 3, 1, 2053), 2);   // odd runs that are streamed, unaligned
+  check_round_trip(Fixture(1, 3, 1, 1, 1, 65573), 2);  // one large run with a tail
 }
 
 TEST_CASE("a layer range leaves the other layers alone") {
