@@ -144,7 +144,8 @@ std::size_t BlockIndex::clear(PodSource& source, std::optional<std::int32_t> ran
   source.records_.for_each([&](const Record& record) {
     const PodSource::LocalOwner& owner = source.owners_[record.owner];
     if (!rank || owner.place.rank == *rank) {
-      holds.emplace_back(record.request_key, owner.id);
+      const std::uint64_t request_key = record.request_key;  // no reference into a packed record
+      holds.emplace_back(request_key, owner.id);
     } else {
       kept.push_back(record);
     }

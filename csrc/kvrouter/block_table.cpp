@@ -222,7 +222,7 @@ void BlockTable::unlink(std::uint64_t key, SlotId slot) {
 void BlockTable::rebuild(Segment& segment) {
   const std::size_t size = segment.slots.size();
   const bool is_full = (segment.num_used + 1) * 5 > size * 3;
-  std::vector<std::uint32_t> old(std::max(kMinSegment, is_full ? size + size / 2 : size), 0);
+  std::vector<std::uint32_t> old(std::max(kMinSegment, is_full ? size + std::max<std::size_t>(4, size / 3) : size), 0);
   old.swap(segment.slots);
   segment.num_deleted = 0;
   std::vector<std::uint32_t>& slots = segment.slots;

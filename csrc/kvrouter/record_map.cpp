@@ -40,8 +40,9 @@ void RecordMap::erase(std::size_t hole) {
   --size_;
 }
 
+// Small steps cost little: records lie in the order of their hashes, before and after, so both tables are walked once.
 void RecordMap::grow() {
-  std::vector<Record> old(std::max<std::size_t>(16, records_.size() + records_.size() / 4), Record{});
+  std::vector<Record> old(std::max<std::size_t>(16, records_.size() + records_.size() / 6), Record{});
   old.swap(records_);
   for (const Record& record : old) {
     if (record.references == 0) continue;
