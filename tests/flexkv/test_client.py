@@ -6,15 +6,17 @@ import threading
 
 import pytest
 import zmq
-from tests.flexkv.device_memory import BLOCK, MODEL, make_kv_caches, slots_of
+from tests.flexkv.device_memory import BLOCK, MODEL, fill_block, make_kv_caches, read_block, slots_of
+from tests.flexkv.store_process import KEY, StoreProcess
 from tests.flexkv.worker_process import WorkerProcess
 
 from flexkv.common.config import CacheConfig, CpuTierConfig, ModelConfig
 from flexkv.common.request import ResponseStatus
 from flexkv.errors import ConfigError
 from flexkv.kvmanager import KVManager
+from flexkv.server import request
 from flexkv.server.client import KVTPClient
-from flexkv.server.runtime_dir import device_socket, ensure_private, store_dir
+from flexkv.server.runtime_dir import device_socket, ensure_private, store_dir, store_name
 
 TOKENS = list(range(2 * BLOCK))
 
@@ -160,3 +162,47 @@ def test_directories_that_others_may_enter_are_refused(tmp_path):
         ensure_private(open_dir)
     with pytest.raises(ConfigError, match="too long"):
         store_dir(tmp_path / ("x" * 100), "engine")
+
+
+def end_of_task(client: KVTPClient, task: int) -> str:
+    pause = threading.Event()
+    for _ in range(4000):
+        ended = client.take_ended()
+        if task in ended:
+            return ended[task]
+        pause.wait(0.005)
+    raise AssertionError("the task never ended")
+
+
+def test_a_killed_store_fails_its_loads_and_the_next_one_serves(tmp_path, monkeypatch):
+    monkeypatch.setattr(request, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(request, "SILENCE_S", 1.5)
+    shared_memory = set(os.listdir("/dev/shm"))
+    kv_caches = make_kv_caches(MODEL, 8, BLOCK)
+    fill_block(kv_caches, 1, seed=1)
+    store = StoreProcess(tmp_path)
+    directory = store_dir(tmp_path, store_name(KEY, 0))
+    with KVTPClient(directory, 0, MODEL, BLOCK, gated=True) as client:
+        client.register(kv_caches)
+        assert store.ask("ready") == "True"
+        task = int(store.ask("put 1"))
+        client.release([task], 20.0)
+        assert store.receive() == "success"
+        assert end_of_task(client, task) == ""
+
+        store.kill()
+        client.release([task + 1], 60.0)  # the engine was told to load, and does not know yet
+        assert end_of_task(client, task + 1) in ("the store is silent", "there is no store")
+        assert set(os.listdir("/dev/shm")) == shared_memory
+        assert (directory / "device.sock").exists(), "a killed store cannot clean up"
+
+        store = StoreProcess(tmp_path)  # of the same key: it takes over the directory
+        assert store.ask("ready") == "True"
+        for block, command in ((1, "put"), (5, "get")):
+            task = int(store.ask(f"{command} {block}"))
+            client.release([task], 20.0)
+            assert store.receive() == "success"
+            assert end_of_task(client, task) == ""
+        assert read_block(kv_caches, 5) == read_block(kv_caches, 1)
+        store.close()
+    assert list(tmp_path.iterdir()) == []
