@@ -12,6 +12,8 @@ from flexkv.common.config import CacheConfig, CpuTierConfig
 from flexkv.common.request import ResponseStatus
 from flexkv.errors import ConfigError, InvalidRequestError
 from flexkv.kvmanager import KVManager
+from flexkv.server import client
+from flexkv.transfer.torch_copier import TorchCopier
 
 TOKENS = list(range(100, 100 + 3 * BLOCK + 1))  # three blocks and a tail
 
@@ -32,6 +34,19 @@ def test_what_is_put_comes_back_into_other_blocks(make_stack):
     assert response.num_blocks == 3
     for source, target in ((1, 9), (2, 7), (3, 8)):
         assert read_block(stack.kv_caches, source) == read_block(stack.kv_caches, target)
+
+
+def test_tensors_of_other_devices_go_through_torch(make_stack, monkeypatch):
+    def through_torch(kv_caches, layout, pool, rank_offset, num_threads):
+        return TorchCopier(kv_caches, layout, pool, rank_offset)
+
+    monkeypatch.setattr(client, "make_copier", through_torch)
+    stack = make_stack()
+    fill_block(stack.kv_caches, 1, seed=1)
+    stack.put(TOKENS[:BLOCK], [1])
+    task = stack.store.get_async(TOKENS[:BLOCK], slots_of([9]))
+    assert stack.store.wait([task])[task].ok
+    assert read_block(stack.kv_caches, 9) == read_block(stack.kv_caches, 1)
 
 
 def test_match_leaves_out_what_the_device_has(make_stack):

@@ -303,8 +303,8 @@ def _copy_job(message: msg.CopyOp) -> CopyJob:
         task_id=message.task_id,
         num_task_ops=message.num_task_ops,
         to_device=message.to_device,
-        device_blocks=np.frombuffer(message.device_blocks, np.int64),
-        pool_blocks=np.frombuffer(message.pool_blocks, np.int64),
+        device_blocks=np.frombuffer(message.device_blocks, np.int64).copy(),  # writable, which torch insists on
+        pool_blocks=np.frombuffer(message.pool_blocks, np.int64).copy(),
         first_layer=message.first_layer,
         num_layers=message.num_layers,
         deadline=time.monotonic() + message.timeout_s,

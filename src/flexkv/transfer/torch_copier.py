@@ -6,13 +6,14 @@ pool --gather--> staging (pinned) --stream--> device --index copy--> KV tensor  
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
-
-import torch
+from typing import TYPE_CHECKING, Any, Final
 
 from flexkv.common.storage import DeviceLayout
 from flexkv.common.transfer import BlockIds
 from flexkv.storage.allocator import CpuPool
+
+if TYPE_CHECKING:
+    import torch  # at run time only where it is used: the store itself does without
 
 _STAGING_BYTES: Final = 32 * 2**20
 
@@ -22,6 +23,8 @@ class TorchCopier:
 
     def __init__(self, kv_caches: Mapping[str, Any], layout: DeviceLayout, pool: CpuPool, rank_offset: int) -> None:
         """Take the tensors and the pool; the staging buffer holds at least one layer of one block."""
+        import torch
+
         tensors: list[torch.Tensor] = list(kv_caches.values())
         self._device = tensors[0].device
         self._shape = [dim.size for dim in layout.dims]
@@ -39,12 +42,16 @@ class TorchCopier:
     def wait_for_engine(self) -> None:
         """Order later copies after the work the calling thread has queued on its stream."""
         if self._stream is not None:
+            import torch
+
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def copy(
         self, *, to_device: bool, device_blocks: BlockIds, pool_blocks: BlockIds, first_layer: int, num_layers: int
     ) -> None:
         """Copy block i of one side to block i of the other; see `DeviceCopier.copy`."""
+        import torch
+
         self._check(device_blocks, pool_blocks, first_layer, num_layers)
         with torch.cuda.stream(self._stream), torch.inference_mode():
             for start in range(0, len(device_blocks), self._chunk):
@@ -55,6 +62,8 @@ class TorchCopier:
                     move(layer, on_device, on_host)
 
     def _load(self, layer: int, on_device: torch.Tensor, on_host: torch.Tensor) -> None:
+        import torch
+
         target = self._layers[layer]
         staged = self._staging[: len(on_host)]
         torch.index_select(self._pool[:, layer], 0, on_host, out=staged)
@@ -63,6 +72,8 @@ class TorchCopier:
         self._synchronize()
 
     def _store(self, layer: int, on_device: torch.Tensor, on_host: torch.Tensor) -> None:
+        import torch
+
         blocks = self._layers[layer][on_device].reshape(len(on_host), -1).view(torch.uint8)
         staged = self._staging[: len(on_host)]
         staged.copy_(blocks, non_blocking=True)
