@@ -50,10 +50,10 @@ class DemoOptions:
     """Checkpoint directory or hub id; None makes the demo model."""
     workload: WorkloadSpec = field(default_factory=WorkloadSpec)
     num_engines: int = 2
-    device_cache_tokens: int = 4096
+    device_cache_tokens: int = 2304
     """Size of each engine's device pool: small on purpose, so that conversations outgrow it."""
     cpu_cache_gb: float = 0.5
-    max_model_len: int = 4096
+    max_model_len: int = 2048
     port: int = 0
     keep: bool = False
     json_file: Path | None = None

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+from rich import box
 from rich.table import Table
 
 from kvstrata.workload import TurnResult
@@ -58,23 +59,42 @@ def summarise(scenario: str, turns: Sequence[TurnResult], wall_s: float) -> Scen
 
 
 def as_table(reports: Iterable[ScenarioReport]) -> Table:
-    """The demo's closing table."""
-    table = Table(title="The same conversations, three ways", title_justify="left")
-    table.add_column("scenario")
-    for name in ("TTFT p50", "TTFT p90", "tokens/s", "cached: device", "cached: CPU tier", "turns on their pod"):
-        table.add_column(name, justify="right")
-    table.add_column("requests per pod")
+    """The demo's closing table, at most 80 columns wide."""
+    table = Table(
+        title="The same conversations, three ways",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("", no_wrap=True)
+    headers = (
+        "TTFT\np50 ms",
+        "TTFT\np90 ms",
+        "tokens\nper s",
+        "cached:\ndevice",
+        "CPU\ntier",
+        "same\npod",
+        "requests\nper pod",
+    )
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
     for report in reports:
         table.add_row(
             report.scenario,
-            f"{report.ttft_p50_ms:.0f} ms",
-            f"{report.ttft_p90_ms:.0f} ms",
+            f"{report.ttft_p50_ms:.0f}",
+            f"{report.ttft_p90_ms:.0f}",
             f"{report.tokens_per_s:.1f}",
             f"{report.device_cached_share:.0%}",
             f"{report.cpu_cached_share:.0%}",
             f"{report.follow_up_on_same_pod_share:.0%}",
-            "  ".join(f"{pod}: {count}" for pod, count in report.requests_per_pod.items()),
+            " + ".join(str(count) for count in report.requests_per_pod.values()),
         )
+    table.caption = (
+        "cached: share of all prompt tokens not computed, by where they were found\n"
+        "same pod: share of follow-up turns sent to the pod of the turn before"
+    )
+    table.caption_justify = "left"
     return table
 
 

@@ -137,7 +137,7 @@ class Stack:
         if spec.cpu_cache_gb is not None:
             connector = {
                 "kv_connector": "FlexKVConnectorV1",
-                "kv_connector_extra_config": {"cpu_cache_gb": spec.cpu_cache_gb},
+                "kv_connector_extra_config": {"cpu_cache_gb": spec.cpu_cache_gb, "runtime_dir": str(self.directory)},
             }
             flags += ["--kv-transfer-config", json.dumps(connector)]
         return self._spawn(name, "serve", [spec.model, *flags, *spec.engine_options])

@@ -24,22 +24,27 @@ class WorkloadSpec:
 
     num_users: int = 12
     num_turns: int = 4
-    num_system_prompts: int = 3
-    system_words: int = 450
-    user_words: int = 60
+    num_system_prompts: int = 4
+    system_words: int = 200
+    """Shared between users."""
+    document_words: int = 250
+    """What each user brings along in the first turn."""
+    user_words: int = 40
+    """What each user says in each turn."""
     max_tokens: int = 16
-    concurrency: int = 4
-    """Users who wait for an answer at the same time; the others think."""
+    think_s: float = 1.5
+    """Mean time a user thinks between an answer and the next question; exponentially distributed."""
     seed: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What one user brings along: a shared system prompt, and what to say in each turn."""
+    """What one user brings along: a shared system prompt, what to say in each turn, and how long to think before it."""
 
     user_id: int
     system_prompt: str
     user_turns: tuple[str, ...]
+    think_s: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,34 +74,36 @@ def make_conversations(spec: WorkloadSpec) -> list[Conversation]:
         start = rng.randrange(len(words) - num_words)
         return " ".join(words[start : start + num_words])
 
-    system_prompts = [passage(spec.system_words) for _ in range(spec.num_system_prompts)]
-    return [
-        Conversation(
+    def conversation(user_id: int) -> Conversation:
+        words_per_turn = [spec.user_words] * spec.num_turns
+        words_per_turn[0] += spec.document_words
+        return Conversation(
             user_id=user_id,
             system_prompt=system_prompts[user_id % spec.num_system_prompts],
-            user_turns=tuple(passage(spec.user_words) for _ in range(spec.num_turns)),
+            user_turns=tuple(passage(num_words) for num_words in words_per_turn),
+            think_s=tuple(rng.expovariate(1 / spec.think_s) if spec.think_s else 0.0 for _ in words_per_turn),
         )
-        for user_id in range(spec.num_users)
-    ]
+
+    system_prompts = [passage(spec.system_words) for _ in range(spec.num_system_prompts)]
+    return [conversation(user_id) for user_id in range(spec.num_users)]
 
 
 async def replay(
     url: str, model: str, spec: WorkloadSpec, on_turn: Callable[[TurnResult], None] | None = None
 ) -> list[TurnResult]:
-    """Hold all conversations of `spec` against an OpenAI endpoint; the users take turns at being served.
+    """Hold all conversations of `spec` at once against an OpenAI endpoint, in a closed loop per user.
 
     Raises:
         aiohttp.ClientError: a request failed.
     """
     results: list[TurnResult] = []
-    slots = asyncio.Semaphore(spec.concurrency)
 
     async def converse(session: aiohttp.ClientSession, conversation: Conversation) -> None:
         messages = [{"role": "system", "content": conversation.system_prompt}]
-        for turn, text in enumerate(conversation.user_turns):
+        for turn, (text, think_s) in enumerate(zip(conversation.user_turns, conversation.think_s, strict=True)):
+            await asyncio.sleep(think_s)
             messages.append({"role": "user", "content": text})
-            async with slots:
-                result = await ask(session, url, model, messages, spec.max_tokens, (conversation.user_id, turn))
+            result = await ask(session, url, model, messages, spec.max_tokens, (conversation.user_id, turn))
             messages.append({"role": "assistant", "content": result.text})
             results.append(result)
             if on_turn:

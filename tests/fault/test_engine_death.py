@@ -14,7 +14,7 @@ import pytest
 from kvstrata.stack import Stack, StackSpec
 from kvstrata.workload import WorkloadSpec, ask, make_conversations
 
-SPEC = WorkloadSpec(num_users=12, num_turns=2, num_system_prompts=12, system_words=60, user_words=20)
+SPEC = WorkloadSpec(num_users=12, num_turns=2, num_system_prompts=12, system_words=60, document_words=0, user_words=20)
 DEADLINE_S = 60
 
 

@@ -100,7 +100,9 @@ def test_malformed_json_is_refused(url):
 
 
 def test_follow_up_turns_land_on_the_pod_that_holds_the_conversation(stack):
-    spec = WorkloadSpec(num_users=8, num_turns=3, num_system_prompts=2, system_words=100, user_words=30, seed=11)
+    spec = WorkloadSpec(
+        num_users=8, num_turns=3, num_system_prompts=2, system_words=100, document_words=0, think_s=0, seed=11
+    )
     turns = asyncio.run(replay(stack.url, stack.spec.model, spec))
     pods = {(turn.user_id, turn.turn): turn.pod for turn in turns}
     assert len(turns) == 24
@@ -111,7 +113,7 @@ def test_follow_up_turns_land_on_the_pod_that_holds_the_conversation(stack):
 
 
 def test_a_reset_device_cache_is_served_from_the_cpu_tier(stack):
-    words = WorkloadSpec(num_users=1, num_turns=1, system_words=1200, seed=5)
+    words = WorkloadSpec(num_users=1, num_turns=1, system_words=1200, document_words=0, think_s=0, seed=5)
     engine = stack.engines[0].url
     cold = asyncio.run(replay(engine, stack.spec.model, words))[0]
     assert cold.cached_tokens == 0

@@ -15,9 +15,9 @@ def test_users_share_system_prompts_and_nothing_else():
 
 
 def test_prompts_have_the_asked_size():
-    conversation = make_conversations(WorkloadSpec(system_words=50, user_words=7))[0]
+    conversation = make_conversations(WorkloadSpec(system_words=50, document_words=20, user_words=7, num_turns=3))[0]
     assert len(conversation.system_prompt.split()) == 50
-    assert all(len(turn.split()) == 7 for turn in conversation.user_turns)
+    assert [len(turn.split()) for turn in conversation.user_turns] == [27, 7, 7]
 
 
 def test_turn_results_are_values():
