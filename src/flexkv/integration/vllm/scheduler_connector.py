@@ -11,6 +11,7 @@ A store that fails or is slow is a miss. It is never an error of a request.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _WORKER_TIMEOUT_S = 5.0
 """How long to wait at start for the worker halves, which engines build first, in seconds."""
+_RESET_TIMEOUT_S = 2.0
+"""How long a reset waits for the store to close what its worker half has ended, in seconds."""
 _SETTLE_TIMEOUT_S = 0.05
 """How long to wait for the store to learn that a save has ended, which its worker half knows, in seconds."""
 
@@ -64,6 +67,8 @@ class SchedulerConnector:
         self._matches: dict[str, _Match] = {}
         self._loads: dict[str, LoadSpec] = {}  # launched, and not reported to have ended
         self._saves: dict[str, int] = {}  # task by request, not reported to have ended
+        # Tasks the worker half reported to have ended; the store may know a moment later.
+        self._ended: deque[int] = deque(maxlen=config.cache.transfer.max_tasks)
         self._load_failed: set[str] = set()  # not matched again until they end: the same load would fail again
         self._step = FlexKVConnectorMetadata()
 
@@ -114,10 +119,13 @@ class SchedulerConnector:
                 request_id for request_id, load in self._loads.items() if not invalid.isdisjoint(load.block_ids)
             )
         for request_id in connector_output.finished_recving or ():
-            self._loads.pop(request_id, None)
+            load = self._loads.pop(request_id, None)
+            if load is not None and load.task_id is not None:
+                self._ended.append(load.task_id)
         saved = [self._saves.pop(r) for r in connector_output.finished_sending or () if r in self._saves]
         if saved:  # a request that comes next shall find what the engine was told is stored
             self.store.wait(saved, _SETTLE_TIMEOUT_S)
+            self._ended.extend(saved)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Put the request's full blocks; True while they are needed for that."""
@@ -142,6 +150,8 @@ class SchedulerConnector:
         """Forget what the store holds; False while copies are under way."""
         for request_id in list(self._matches):
             self._drop_match(request_id)
+        self.store.wait(self._ended, _RESET_TIMEOUT_S, completely=True)
+        self._ended.clear()
         return self.store.reset()
 
     def shutdown(self) -> None:
