@@ -71,6 +71,24 @@ def test_chat_uses_the_template_and_hits_the_prefix_cache(llm: LLM) -> None:
     assert first.outputs == second.outputs
 
 
+def test_prompts_share_blocks_only_within_a_salt(llm: LLM) -> None:
+    assert llm.reset_prefix_cache()
+    prompt = [9] * 40
+
+    def cached(salt: str | None) -> int:
+        return llm.generate(prompt, GREEDY, cache_salt=salt)[0].num_cached_tokens
+
+    assert [cached(salt) for salt in (None, "a", "b", "a", None)] == [0, 0, 0, 32, 32]
+    *_, streamed = llm.generate_stream(prompt, GREEDY, cache_salt="c")
+    assert streamed.num_cached_tokens == 0
+    messages = [{"role": "user", "content": "say something long enough for a block, please"}]
+    chats = [llm.chat(messages, GREEDY, cache_salt=salt)[0].num_cached_tokens for salt in ("a", "b", "a")]
+    assert chats[:2] == [0, 0]
+    assert chats[2] > 0
+    with pytest.raises(InvalidRequestError, match="cache_salt='' is not allowed"):
+        llm.generate(prompt, GREEDY, cache_salt="")
+
+
 def test_cache_stats_follow_hits_and_reset(llm: LLM) -> None:
     assert llm.reset_prefix_cache()
     before = llm.get_cache_stats()

@@ -45,14 +45,16 @@ class LLMEngine:
         )
         return cls(InprocClient(core), Processor(tokenizer, limits, read_model_facts(directory)))
 
-    def add_requests(self, prompts: Sequence[PromptType], params: Sequence[SamplingParams]) -> list[RequestState]:
+    def add_requests(
+        self, prompts: Sequence[PromptType], params: Sequence[SamplingParams], cache_salt: str | None = None
+    ) -> list[RequestState]:
         """Queue one request per prompt: all of them, or none when one is not valid.
 
         Raises:
             InvalidRequestError: a prompt or its options cannot be served.
         """
         requests = [
-            (self.processor.make_request(self.processor.tokenize(prompt), options), prompt)
+            (self.processor.make_request(self.processor.tokenize(prompt), options, cache_salt=cache_salt), prompt)
             for prompt, options in zip(prompts, params, strict=True)
         ]
         states = []

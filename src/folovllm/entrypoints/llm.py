@@ -44,13 +44,17 @@ class LLM:
             raise InvalidRequestError("this LLM was shut down")
         return self._engine
 
-    def generate(self, prompts: Prompts, sampling_params: Params = None) -> list[RequestOutput]:
+    def generate(
+        self, prompts: Prompts, sampling_params: Params = None, *, cache_salt: str | None = None
+    ) -> list[RequestOutput]:
         """Complete the prompts; results are in their order.
+
+        Prompts share cached prefixes only with others of the same `cache_salt`.
 
         Raises:
             InvalidRequestError: a prompt or an option cannot be served; nothing was computed then.
         """
-        engine, states = self.llm_engine, self._add(prompts, sampling_params)
+        engine, states = self.llm_engine, self._add(prompts, sampling_params, cache_salt)
         try:
             while not all(state.finished for state in states):
                 engine.step()
@@ -58,15 +62,17 @@ class LLM:
             engine.abort([state for state in states if not state.finished])
         return [state.snapshot(Accumulator().add(state.take() or RequestDelta())) for state in states]
 
-    def generate_stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[RequestOutput]:
+    def generate_stream(
+        self, prompts: Prompts, sampling_params: Params = None, *, cache_salt: str | None = None
+    ) -> Iterator[RequestOutput]:
         """Complete the prompts, yielding a request's whole state each time it gained text or tokens.
 
-        Closing the iterator aborts what is unfinished.
+        Closing the iterator aborts what is unfinished. Prompts share cached prefixes only within a `cache_salt`.
 
         Raises:
             InvalidRequestError: a prompt or an option cannot be served.
         """
-        return self._run(self._add(prompts, sampling_params))
+        return self._run(self._add(prompts, sampling_params, cache_salt))
 
     def chat(
         self,
@@ -74,8 +80,11 @@ class LLM:
         sampling_params: Params = None,
         *,
         chat_template_kwargs: dict[str, Any] | None = None,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, through the model's chat template.
+
+        Conversations share cached prefixes only with others of the same `cache_salt`.
 
         Raises:
             InvalidRequestError: the model has no chat template, or it refuses the messages.
@@ -86,7 +95,8 @@ class LLM:
         processor, extra = self.llm_engine.processor, chat_template_kwargs or {}
         texts = [processor.render_chat(conversation, **extra) for conversation in conversations]
         # The template wrote the special tokens already, so the tokenizer must not add its own.
-        outputs = self.generate([processor.tokenize(t, add_special_tokens=False) for t in texts], sampling_params)
+        prompts = [processor.tokenize(text, add_special_tokens=False) for text in texts]
+        outputs = self.generate(prompts, sampling_params, cache_salt=cache_salt)
         for text, output in zip(texts, outputs, strict=True):
             output.prompt = text
         return outputs
@@ -119,7 +129,7 @@ class LLM:
     ) -> None:
         self.shutdown()
 
-    def _add(self, prompts: Prompts, params: Params) -> list[RequestState]:
+    def _add(self, prompts: Prompts, params: Params, cache_salt: str | None) -> list[RequestState]:
         each = _as_list(prompts)
         if params is None:
             params = self.get_default_sampling_params()
@@ -128,7 +138,7 @@ class LLM:
             raise InvalidRequestError(
                 f"{len(options)} sampling params for {len(each)} prompts; give one, or one per prompt"
             )
-        return self.llm_engine.add_requests(each, options)
+        return self.llm_engine.add_requests(each, options, cache_salt)
 
     def _run(self, states: list[RequestState]) -> Iterator[RequestOutput]:
         engine = self.llm_engine
