@@ -11,7 +11,7 @@ from tests.folovllm.runner_driver import GREEDY, RunnerDriver, make_runner
 from folovllm.attention.backends.abstract import AttentionMetadata
 from folovllm.config import EngineArgs
 from folovllm.core.sched.output import SchedulerOutput
-from folovllm.executor.abstract import Executor
+from folovllm.executor.factory import create_executor
 from folovllm.executor.uniproc_executor import UniProcExecutor
 from folovllm.model_executor.forward_context import ForwardContext
 from folovllm.sampling_params import SamplingParams
@@ -225,7 +225,7 @@ def connected(checkpoint):
         num_kv_blocks=50,
         kv_transfer_config={"kv_connector": f"{__name__}.RecordingConnector"},
     )
-    executor = Executor.create(args.resolve())
+    executor = create_executor(args.resolve())
     assert isinstance(executor, UniProcExecutor)
     yield executor, executor.worker.model_runner.connector, RunnerDriver(executor.worker.model_runner)
     executor.shutdown()
@@ -287,5 +287,5 @@ def test_shutdown_releases_the_connector_once(connected):
 
 
 def test_executor_without_connector_reports_none(checkpoint):
-    executor = Executor.create(EngineArgs(model=str(checkpoint(NAME)), device="cpu", num_kv_blocks=8).resolve())
+    executor = create_executor(EngineArgs(model=str(checkpoint(NAME)), device="cpu", num_kv_blocks=8).resolve())
     assert executor.execute_model(SchedulerOutput([], [], {}, 0, set(), set())).kv_connector_output is None

@@ -17,6 +17,7 @@ from folovllm.core.kv_connector import KVConnectorRole, create_connector
 from folovllm.core.sched.scheduler import Scheduler
 from folovllm.engine.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from folovllm.executor.abstract import Executor
+from folovllm.executor.factory import create_executor
 from folovllm.request import BlockHashFn, Request, RequestStatus
 from kvblocks.events import KVEventBatch
 from kvblocks.hashing import BlockHasher
@@ -46,7 +47,7 @@ class EngineCore:
             built.callback(self._publisher.close)
             self._publisher.start()
             # Before the connector's scheduler half: its worker half registers the KV tensors.
-            self.executor = executor if executor is not None else Executor.create(config)
+            self.executor = executor if executor is not None else create_executor(config)
             built.callback(self.executor.shutdown)
             transfer = config.kv_transfer_config
             self.connector = create_connector(config, KVConnectorRole.SCHEDULER) if transfer is not None else None

@@ -1,0 +1,15 @@
+"""Which executor a configuration asks for."""
+
+from folovllm.config import EngineConfig
+from folovllm.executor.abstract import Executor
+from folovllm.executor.uniproc_executor import UniProcExecutor
+
+
+def create_executor(config: EngineConfig) -> Executor:
+    """Build the executor; the model is loaded when this returns.
+
+    Raises:
+        ModelLoadError: the checkpoint is unusable.
+        ConfigError: an option is not possible on this device, or the KV connector cannot be loaded.
+    """
+    return UniProcExecutor(config)
