@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv.cache.global_cache_engine import CachePlan, CacheStats, GlobalCacheEngine
-from flexkv.common.block import Namespace, SequenceMeta, normalise_namespace
+from flexkv.common.block import Namespace, SequenceMeta
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.request import KVResponse
 from flexkv.common.slots import as_array, block_run, slots_to_blocks
@@ -255,9 +255,7 @@ class KVManager:
         first_block, end_block = block_run(token_mask, len(tokens), size)
         if not self.is_ready():
             end_block = first_block = 0
-        sequence = SequenceMeta.from_tokens(
-            tokens[: end_block * size], size, self._hasher, self._full_namespace(namespace)
-        )
+        sequence = SequenceMeta.from_tokens(tokens[: end_block * size], size, self._hasher, namespace, self._root())
         plan = self._tasks.plan_get if kind == "get" else self._tasks.plan_put
         task_id, planned = plan(sequence, first_block)
         return task_id, planned, len(tokens), first_block
@@ -290,11 +288,10 @@ class KVManager:
             mask[plan.first_block * size : (plan.first_block + plan.num_blocks) * size] = True
         return mask
 
-    def _full_namespace(self, namespace: Namespace) -> tuple[str, ...]:
-        """What blocks of equal bytes have in common, before what the caller adds."""
+    def _root(self) -> tuple[str, ...]:
+        """What blocks of equal bytes have in common, before what the caller adds: the model and its layout."""
         model = self._model
-        shape = f"tp={model.tp_size};mla={model.use_mla};{self._endpoint.fingerprint}"
-        return (model.model_id, shape, *normalise_namespace(namespace))
+        return (model.model_id, f"tp={model.tp_size};mla={model.use_mla};{self._endpoint.fingerprint}")
 
     def _remove_directory(self) -> None:
         self._store_dir.close()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexkv.common.block import SequenceMeta, namespace_root, normalise_namespace
+from flexkv.common.block import SequenceMeta, chain_root, normalise_namespace
 from flexkv.errors import InvalidRequestError
 from kvblocks.hashing import BlockHasher
 
@@ -64,9 +64,9 @@ def test_namespaces_have_no_block_in_common() -> None:
 
 def test_a_namespace_has_the_same_blocks_every_time() -> None:
     fresh = BlockHasher(block_size=BLOCK)
-    assert namespace_root(fresh, ("a",)) == namespace_root(HASHER, ("a",))
-    assert namespace_root(fresh, ()) == HASHER.none_hash
-    assert namespace_root(BlockHasher(seed="other", block_size=BLOCK), ("a",)) != namespace_root(HASHER, ("a",))
+    assert chain_root(fresh, ("a",)) == chain_root(HASHER, ("a",))
+    assert chain_root(fresh, ()) == HASHER.none_hash
+    assert chain_root(BlockHasher(seed="other", block_size=BLOCK), ("a",)) != chain_root(HASHER, ("a",))
     assert np.array_equal(sequence(range_list(8), "a").block_hashes, sequence(range_list(8), ("a",)).block_hashes)
 
 
@@ -109,3 +109,8 @@ def test_sequences_share_exactly_the_blocks_of_their_common_prefix(left: list[in
         row.tobytes() for row in sequence(right).block_hashes
     }
     assert len(shared) == common // BLOCK
+
+
+def test_a_root_and_a_namespace_are_told_apart():
+    roots = {chain_root(HASHER, ("a",), ()), chain_root(HASHER, (), ("a",)), chain_root(HASHER, ("a",), ("a",))}
+    assert len(roots | {HASHER.none_hash}) == 4

@@ -3,7 +3,8 @@
     token_ids   | block 0 | block 1 | ... | tail (not a full block: dropped)
     digests       h0        h1              h0 = H(root, tokens 0), h1 = H(h0, tokens 1), ...
 
-The namespace is the root of the chain, so that two namespaces have no digest in common.
+The store's own root (model, layout) and the caller's namespace make the root of the chain, so that two of either have
+no digest in common.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from kvblocks.errors import InvalidHashInputError
 from kvblocks.hashing import BlockHasher, TokenIds
 
 Namespace = str | tuple[str, ...] | None
-"""Who may share blocks: None, or one or more strings such as a LoRA name and a cache salt."""
+"""Who may share blocks: None for everybody, or one or more strings such as a cache salt."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +33,7 @@ class SequenceMeta:
         token_ids: integers `[num_tokens]`, a private read-only copy.
         block_hashes: uint8 `[num_blocks, digest_size]`, contiguous.
         tokens_per_block: tokens in each block.
-        namespace: strings at the root of the hash chain, empty for the common namespace.
+        namespace: the caller's part of the chain's root, empty for the common namespace; events carry it.
     """
 
     token_ids: npt.NDArray[np.integer[Any]]
@@ -42,9 +43,16 @@ class SequenceMeta:
 
     @classmethod
     def from_tokens(
-        cls, token_ids: TokenIds, tokens_per_block: int, hasher: BlockHasher, namespace: Namespace = None
+        cls,
+        token_ids: TokenIds,
+        tokens_per_block: int,
+        hasher: BlockHasher,
+        namespace: Namespace = None,
+        root: tuple[str, ...] = (),
     ) -> SequenceMeta:
         """Hash the full blocks of `token_ids` (1-D integers: list, numpy array or CPU tensor of any integer type).
+
+        `root` is what all blocks of a store have in common: its model and layout.
 
         Raises:
             InvalidRequestError: ids that are not one-dimensional integers in 0..2**32-1, a namespace that is not made
@@ -56,7 +64,7 @@ class SequenceMeta:
             )
         labels = normalise_namespace(namespace)
         tokens = _copy_tokens(token_ids)
-        parent = namespace_root(hasher, labels) if labels else None
+        parent = chain_root(hasher, labels, root)
         try:
             block_hashes = hasher.hash_blocks_packed(tokens, parent=parent)
         except InvalidHashInputError as error:
@@ -95,15 +103,17 @@ def normalise_namespace(namespace: Namespace) -> tuple[str, ...]:
     raise InvalidRequestError(f"a namespace is None, a string or a tuple of strings, not {namespace!r}")
 
 
-def namespace_root(hasher: BlockHasher, namespace: tuple[str, ...]) -> bytes:
-    """Return the digest that stands before block 0 of every sequence of `namespace`."""
-    return hasher.none_hash if not namespace else _namespace_root(hasher.algorithm, hasher.none_hash, namespace)
+def chain_root(hasher: BlockHasher, namespace: tuple[str, ...], root: tuple[str, ...] = ()) -> bytes:
+    """Return the digest that stands before block 0 of every sequence of a store's `root` and a caller's `namespace`."""
+    if not namespace and not root:
+        return hasher.none_hash
+    return _chain_root(hasher.algorithm, hasher.none_hash, namespace, root)
 
 
 @lru_cache(maxsize=4096)
-def _namespace_root(algorithm: str, none_hash: bytes, namespace: tuple[str, ...]) -> bytes:
+def _chain_root(algorithm: str, none_hash: bytes, namespace: tuple[str, ...], root: tuple[str, ...]) -> bytes:
     # The digest of a seed that spells the hasher's own root and the labels; JSON keeps ("a", "b") apart from ("ab",).
-    return BlockHasher(algorithm, seed=json.dumps([none_hash.hex(), *namespace])).none_hash
+    return BlockHasher(algorithm, seed=json.dumps([none_hash.hex(), root, namespace])).none_hash
 
 
 def _copy_tokens(token_ids: TokenIds) -> npt.NDArray[np.integer[Any]]:

@@ -226,6 +226,7 @@ def _namespace(request: Any) -> tuple[str, ...] | None:
     """Who may share this request's blocks; None when its token ids do not say what they hold."""
     if getattr(request, "mm_features", None) or getattr(request, "prompt_embeds", None) is not None:
         return None  # placeholders stand for images or embeddings
+    salt = (request.cache_salt,) if request.cache_salt else ()
     lora = getattr(request, "lora_request", None)
-    labels = (("lora", lora.lora_name) if lora is not None else (), ("salt", request.cache_salt or ""))
-    return tuple(label for pair in labels for label in pair)
+    # A salt stands alone, as engines publish it; an adapter is spelled out, so that none is taken for a salt.
+    return ("lora", lora.lora_name, *salt) if lora is not None else salt
