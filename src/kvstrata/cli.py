@@ -1,7 +1,8 @@
 """The command line: `kvstrata serve | route | demo`. Options are parsed here, once; the work is done elsewhere.
 
 An option left out is None here and takes the default declared where it belongs (`EngineArgs`, `RouterConfig`, ...).
-Each command imports what it needs when it runs, so that `kvstrata route` never loads torch.
+Each command imports what it needs when it runs, so that `route` loads no engine, and of `serve` only the engine core,
+a process of its own, loads torch.
 """
 
 import json
@@ -61,7 +62,7 @@ def serve(
 ) -> None:
     """Serve a model over the OpenAI API."""
     _become_server(exit_with_parent)
-    from folovllm.config import EngineArgs
+    from folovllm.engine.arg_utils import EngineArgs
     from folovllm.entrypoints.openai.api_server import run_server
     from folovllm.errors import FoloVLLMError
 

@@ -10,9 +10,10 @@ from typing import Any
 import msgspec
 from tests.folovllm.core_fakes import FakeConnector, FakeRunner
 
-from folovllm.config import EngineArgs, EngineConfig
+from folovllm.config import EngineConfig
 from folovllm.core.kv_connector import KVConnectorRole
 from folovllm.core.sched.output import ModelRunnerOutput, SchedulerOutput
+from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.core import EngineCore
 from folovllm.engine.core_proc import serve_until_stopped
 from folovllm.engine.messages import EngineCoreRequest

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from folovllm.config import EngineArgs
 from folovllm.core.sched.output import CachedRequestData, ModelRunnerOutput, NewRequestData, SchedulerOutput
+from folovllm.engine.arg_utils import EngineArgs
 from folovllm.sampling_params import SamplingParams
 from folovllm.worker.model_runner import ModelRunner
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from folovllm.config import EngineArgs, KVEventsConfig, KVTransferConfig
+from folovllm.config import KVEventsConfig, KVTransferConfig
+from folovllm.engine.arg_utils import EngineArgs
 from folovllm.errors import ConfigError, ModelLoadError
 
 QWEN3 = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.folovllm.checkpoints import SHAPES
 
-from folovllm.config import EngineArgs
+from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.core import EngineCore
 from folovllm.engine.messages import EngineCoreRequest
 from folovllm.sampling_params import SamplingParams

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.folovllm.checkpoints import SHAPES
 from tests.folovllm.runner_driver import make_runner
 
-from folovllm.config import EngineArgs
+from folovllm.engine.arg_utils import EngineArgs
 from folovllm.errors import ModelLoadError
 from folovllm.model_executor.loader import INDEX_FILE, SINGLE_FILE, checkpoint_files
 from folovllm.worker.model_runner import ModelRunner

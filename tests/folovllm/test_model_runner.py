@@ -9,8 +9,8 @@ import torch
 from tests.folovllm.runner_driver import GREEDY, RunnerDriver, make_runner
 
 from folovllm.attention.backends.abstract import AttentionMetadata
-from folovllm.config import EngineArgs
 from folovllm.core.sched.output import SchedulerOutput
+from folovllm.engine.arg_utils import EngineArgs
 from folovllm.executor.factory import create_executor
 from folovllm.executor.uniproc_executor import UniProcExecutor
 from folovllm.model_executor.forward_context import ForwardContext

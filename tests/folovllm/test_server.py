@@ -24,7 +24,7 @@ KEY = "sk-test"
 MAX_MODEL_LEN = 4096
 SCRIPT = """
 import json, logging, sys
-from folovllm.config import EngineArgs
+from folovllm.engine.arg_utils import EngineArgs
 from folovllm.entrypoints.openai.api_server import run_server
 
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
@@ -224,8 +224,51 @@ def test_missing_model_is_named_and_exit_code_2(tmp_path: Path) -> None:
     process = launch(tmp_path / "nothing")
     _, log = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2
-    assert "Traceback" not in log
-    assert f"{tmp_path / 'nothing'}" in log.splitlines()[-1]
+    [line] = log.splitlines()
+    assert f"{tmp_path / 'nothing'}" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 0}, "block_size=0 is not allowed"),
+        ({"kv_events_config": {"publisher": "smoke"}}, "kv_events_config is not valid"),
+        # Only the core, which reads the checkpoint, knows:
+        ({"max_model_len": 10**9}, "max_model_len=1000000000 exceeds the model's context"),
+    ],
+)
+def test_bad_option_is_one_line_and_exit_code_2(small_model: Path, options: dict[str, Any], message: str) -> None:
+    process = launch(small_model, engine=options)
+    _, log = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 2
+    [line] = log.splitlines()
+    assert message in line
+
+
+def test_front_end_never_imports_torch(small_model: Path) -> None:
+    code = f"""
+import sys
+import kvstrata.cli, folovllm.entrypoints.openai.api_server
+from folovllm.engine.arg_utils import EngineArgs, resolve_checkpoint
+from folovllm.transformers_utils.model_files import read_model_facts
+from folovllm.transformers_utils.tokenizer import Tokenizer
+
+EngineArgs.from_options({{"model": {str(small_model)!r}, "kv_events_config": {{}}}}).check()
+directory = resolve_checkpoint({str(small_model)!r})
+Tokenizer.from_checkpoint(directory), read_model_facts(directory)
+print({{"torch", "transformers"}} & set(sys.modules))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert (result.stdout, result.stderr) == ("set()\n", "")
+
+
+def test_running_front_end_has_not_loaded_torch(server: Server) -> None:
+    mapped = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "uvloop" in mapped
+    assert "libtorch" not in mapped
+    assert "libtorch" in Path(f"/proc/{server.core.pid}/maps").read_text()
 
 
 def test_model_the_core_cannot_load_is_reported(small_model: Path, tmp_path: Path) -> None:

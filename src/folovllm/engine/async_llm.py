@@ -7,9 +7,10 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
+from folovllm.engine.arg_utils import EngineArgs, resolve_checkpoint
 from folovllm.engine.core_client import MAX_REQUESTS_IN_FLIGHT, EngineOverloadedError, ProcClient
+from folovllm.engine.core_handle import EngineCoreHandle, start_engine_core
 from folovllm.engine.messages import EngineCoreOutputs, EngineCoreRequest
 from folovllm.engine.output_processor import Accumulator, OutputProcessor, RequestDelta, RequestState
 from folovllm.engine.processor import Limits, Processor, PromptType
@@ -19,10 +20,6 @@ from folovllm.outputs import RequestOutput
 from folovllm.sampling_params import SamplingParams
 from folovllm.transformers_utils.model_files import read_model_facts
 from folovllm.transformers_utils.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from folovllm.config import EngineArgs
-    from folovllm.engine.core_proc import EngineCoreHandle
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +76,7 @@ class RequestStream:
 class AsyncLLM:
     """The engine as a server uses it. Belongs to one asyncio loop."""
 
-    def __init__(self, handle: "EngineCoreHandle", metrics: EngineMetrics) -> None:
+    def __init__(self, handle: EngineCoreHandle, metrics: EngineMetrics) -> None:
         """Listen to a core that was just started; `start` waits for it."""
         self.metrics = metrics
         self._client = ProcClient(handle, self._take_outputs, self._take_death)
@@ -90,16 +87,14 @@ class AsyncLLM:
         self._watchdog: asyncio.Task[None] | None = None
 
     @classmethod
-    async def from_engine_args(cls, args: "EngineArgs", *, start_timeout_s: float = START_TIMEOUT_S) -> "AsyncLLM":
+    async def from_engine_args(cls, args: EngineArgs, *, start_timeout_s: float = START_TIMEOUT_S) -> "AsyncLLM":
         """Start a core and wait until it can serve.
 
         Raises:
             ModelLoadError: the core could not load the model; the message is its own.
             ConfigError: an option is out of its range.
         """
-        from folovllm.config import resolve_checkpoint
-        from folovllm.engine.core_proc import start_engine_core
-
+        args.check()
         directory = await asyncio.to_thread(resolve_checkpoint, args.model)  # may download
         engine = cls(start_engine_core(args), EngineMetrics(args.served_model_name or args.model))
         try:

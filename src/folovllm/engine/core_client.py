@@ -17,6 +17,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from folovllm.engine.core_handle import EngineCoreHandle
 from folovllm.engine.messages import (
     AbortRequests,
     CallResult,
@@ -33,7 +34,6 @@ from folovllm.errors import EngineDeadError, FoloVLLMError
 
 if TYPE_CHECKING:
     from folovllm.engine.core import EngineCore
-    from folovllm.engine.core_proc import EngineCoreHandle
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class ProcClient:
 
     def __init__(
         self,
-        handle: "EngineCoreHandle",
+        handle: EngineCoreHandle,
         on_outputs: Callable[[EngineCoreOutputs], None],
         on_death: Callable[[EngineDeadError], None],
     ) -> None:
@@ -258,7 +258,9 @@ class ProcClient:
     def _die(self, reason: str) -> None:
         if self._death is not None or self._closing:
             return
-        logger.error("engine core died pid=%s: %s", self._handle.process.pid, reason)
+        # Until it is ready someone waits for it, and reports what `wait_ready` raises.
+        level = logging.ERROR if self._ready.done() else logging.DEBUG
+        logger.log(level, "engine core died pid=%s: %s", self._handle.process.pid, reason)
         self._death = EngineDeadError(reason)
         if not self._ready.done():
             self._ready.set_exception(self._death)

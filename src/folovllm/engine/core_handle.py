@@ -12,7 +12,7 @@ from typing import Self
 
 import msgspec
 
-from folovllm.config import EngineArgs
+from folovllm.engine.arg_utils import EngineArgs
 
 CORE_MODULE = "folovllm.engine.core_proc"
 _EXIT_TIMEOUT_S = 10.0

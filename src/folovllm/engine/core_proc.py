@@ -26,9 +26,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from folovllm.config import EngineArgs
+from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.core import EngineCore
-from folovllm.engine.core_handle import EngineCoreHandle, start_engine_core
 from folovllm.engine.messages import (
     AbortRequests,
     CallResult,
@@ -40,9 +39,8 @@ from folovllm.engine.messages import (
     ShutdownCore,
     ToCore,
 )
-from folovllm.errors import InvalidRequestError
-
-__all__ = ["EngineCoreHandle", "EngineCoreProc", "run_engine_core", "start_engine_core"]
+from folovllm.errors import FoloVLLMError, InvalidRequestError
+from kvblocks.errors import KVBlocksError
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +88,9 @@ class EngineCoreProc:
             self._serve(core)
             return 0
         except Exception as error:  # the process's outermost boundary
-            logger.exception("engine core failed")
+            # An option or a checkpoint that is wrong needs its message, which the front end shows, and no traceback.
+            is_users = core is None and isinstance(error, FoloVLLMError | KVBlocksError)
+            logger.log(logging.DEBUG if is_users else logging.ERROR, "engine core failed", exc_info=True)
             self._send(CoreDied(f"{type(error).__name__}: {error}"))
             return 1
         finally:

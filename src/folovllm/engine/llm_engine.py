@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.core_client import InprocClient
 from folovllm.engine.messages import SchedulerStats
 from folovllm.engine.output_processor import OutputProcessor, RequestState
@@ -12,9 +12,6 @@ from folovllm.metrics.stats import CacheStats
 from folovllm.sampling_params import SamplingParams
 from folovllm.transformers_utils.model_files import read_model_facts
 from folovllm.transformers_utils.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from folovllm.config import EngineArgs
 
 
 class LLMEngine:
@@ -27,7 +24,7 @@ class LLMEngine:
         self._stats = SchedulerStats()
 
     @classmethod
-    def from_engine_args(cls, args: "EngineArgs") -> "LLMEngine":
+    def from_engine_args(cls, args: EngineArgs) -> "LLMEngine":
         """Load the model.
 
         Raises:

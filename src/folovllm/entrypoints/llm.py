@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, cast
 
-from folovllm.config import EngineArgs
+from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.output_processor import Accumulator, RequestDelta, RequestState
 from folovllm.engine.processor import PromptType

@@ -10,19 +10,16 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
 
+from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.async_llm import AsyncLLM
 from folovllm.entrypoints.openai.middleware import RequestGate
 from folovllm.entrypoints.openai.routes import build_app
 from folovllm.entrypoints.openai.serving import OpenAIServing
 from folovllm.errors import ConfigError, FoloVLLMError
-
-if TYPE_CHECKING:
-    from folovllm.config import EngineArgs
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +34,7 @@ class PortInUseError(ConfigError):
 
 
 def run_server(
-    args: "EngineArgs",
+    args: EngineArgs,
     host: str,
     port: int,
     *,
@@ -110,7 +107,7 @@ class _Process:
 
     def __init__(
         self,
-        args: "EngineArgs",
+        args: EngineArgs,
         sock: socket.socket,
         api_key: str | None,
         drain_timeout_s: int,
