@@ -1,21 +1,18 @@
 """An engine core without a model: for tests in process, and as the main of a core process (`python -m`)."""
 
-import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from tests.folovllm.core_fakes import FakeConnector, FakeRunner
 
 from folovllm.config import EngineConfig
 from folovllm.core.kv_connector import KVConnectorRole
 from folovllm.core.sched.output import ModelRunnerOutput, SchedulerOutput
+from folovllm.engine import core_proc
 from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.core import EngineCore
-from folovllm.engine.core_proc import serve_until_stopped
 from folovllm.engine.messages import EngineCoreRequest
 from folovllm.executor.abstract import Executor
 from folovllm.sampling_params import SamplingParams
@@ -91,16 +88,7 @@ def make_message(name: str, prompt: list[int], max_tokens: int = 4, **fields: An
 
 def main() -> int:
     """The command line of folovllm.engine.core_proc, around the fake executor."""
-    parser = argparse.ArgumentParser()
-    for flag in ("--input", "--output"):
-        parser.add_argument(flag)
-    parser.add_argument("--runtime-dir", type=Path)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO)
-    args = EngineArgs.from_options(msgspec.json.decode(sys.stdin.buffer.readline()))
-    return serve_until_stopped(
-        lambda: EngineCore(args.resolve(), FakeExecutor()), options.input, options.output, options.runtime_dir
-    )
+    return core_proc.main(load=lambda: lambda args: EngineCore(args.resolve(), FakeExecutor()))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import zmq
 from tests.folovllm.core_fakes import expected_tokens
 from tests.folovllm.fake_core import POISON, make_args, make_message, write_model
 
-from folovllm.engine.core_handle import EngineCoreHandle, start_engine_core
+from folovllm.engine.core_handle import CORE_MODULE, EngineCoreHandle, start_engine_core
 from folovllm.engine.messages import (
     AbortRequests,
     CallResult,
@@ -30,6 +30,7 @@ from folovllm.engine.messages import (
 )
 
 FAKE = "tests.folovllm.fake_core"
+SLOW = "tests.folovllm.slow_core"
 DEADLINE_S = 60
 DEADLINE_MS = DEADLINE_S * 1000
 
@@ -180,3 +181,64 @@ def test_core_dies_with_a_front_end_that_is_killed_and_leaves_nothing(model: str
     _, alive = psutil.wait_procs([core], timeout=DEADLINE_S)
     assert not alive
     assert not Path(runtime_dir).exists()
+
+
+PARENT_OF_SLOW_CORE = """
+import sys
+from folovllm.engine.arg_utils import EngineArgs
+from folovllm.engine.core_handle import start_engine_core
+handle = start_engine_core(EngineArgs(model="any"), sys.argv[1])
+print(handle.process.pid, handle.runtime_dir, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def importing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a slow core writes to; reading it waits until the core imports."""
+    fifo = tmp_path / "importing"
+    os.mkfifo(fifo)
+    monkeypatch.setenv("IMPORTING", str(fifo))
+    return fifo
+
+
+def test_core_that_still_imports_dies_with_its_front_end_and_leaves_nothing(importing: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    command = [sys.executable, "-c", PARENT_OF_SLOW_CORE, SLOW]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as parent:
+        assert parent.stdout is not None
+        pid, runtime_dir = parent.stdout.readline().decode().split()
+        assert importing.read_text() == "importing"
+        assert Path(runtime_dir).is_dir()
+        core = psutil.Process(int(pid))
+        parent.kill()
+    _, alive = psutil.wait_procs([core], timeout=DEADLINE_S)
+    assert not alive
+    assert not Path(runtime_dir).exists()
+
+
+def test_core_whose_front_end_died_before_it_said_anything_leaves_nothing(tmp_path: Path) -> None:
+    runtime_dir = tmp_path / "runtime"
+    runtime_dir.mkdir()
+    command = [sys.executable, "-m", CORE_MODULE, "--input", "ipc://i", "--output", "ipc://o"]
+    core = subprocess.run(
+        [*command, "--runtime-dir", str(runtime_dir)],
+        input=b'{"model": "a mess',
+        stderr=subprocess.PIPE,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert core.returncode == 1
+    assert b"Traceback" not in core.stderr
+    assert not runtime_dir.exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_core_that_still_imports_ends_on_sigterm_and_ignores_sigint(importing: Path, sent: signal.Signals) -> None:
+    with start_engine_core(make_args("any"), SLOW) as handle:
+        assert importing.read_text() == "importing"
+        os.kill(handle.process.pid, sent)
+        if sent == signal.SIGTERM:
+            assert handle.process.join(DEADLINE_S)
+            assert handle.runtime_dir.exists(), "it is the front end's, which lives"
+    assert handle.process.exitcode == 0

@@ -3,31 +3,26 @@
     front end (binds)                           engine core process (connects)
     PUSH input_endpoint   -- ToCore, msgpack -->  thread "core-input" --> inbox (bounded) --> main thread: steps
     PULL output_endpoint  <- FromCore, msgpack -------------------------------------------- main thread
-    stdin pipe            -- end of file -->      thread "core-watchdog" --> stop (the front end is gone)
-    SIGTERM               ---------------->       thread "core-watchdog" --> stop
+    stdin pipe, SIGTERM   ---------------->       thread "core-watchdog" --> stop (see core_watchdog)
 
-The process ends on ShutdownCore, SIGTERM, or when its parent is gone, however that ended: the pipe closes with it.
-(Linux could send a signal on the parent's death, but does so when the *thread* ends that started the child.) SIGINT is
-ignored: a Ctrl-C reaches the whole process group, and the front end decides.
+The process ends on ShutdownCore, SIGTERM, or when its parent is gone, however that ended. What takes seconds to import
+(torch) is imported under the watchdog's eyes, not with this module.
 """
 
 import argparse
 import logging
-import os
 import queue
-import select
-import shutil
-import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
 from folovllm.engine.arg_utils import EngineArgs
-from folovllm.engine.core import EngineCore
+from folovllm.engine.core_watchdog import CoreWatchdog
 from folovllm.engine.messages import (
     AbortRequests,
     CallResult,
@@ -42,7 +37,13 @@ from folovllm.engine.messages import (
 from folovllm.errors import FoloVLLMError, InvalidRequestError
 from kvblocks.errors import KVBlocksError
 
+if TYPE_CHECKING:
+    from folovllm.engine.core import EngineCore
+
 logger = logging.getLogger(__name__)
+
+BuildCore = Callable[[EngineArgs], "EngineCore"]
+"""Loads the model."""
 
 _INBOX_SIZE = 1024  # when full the input thread waits, then ZMQ's queues fill, then the front end's send fails
 _OUTPUT_HWM = 10_000
@@ -70,7 +71,7 @@ class EngineCoreProc:
         self._stop = threading.Event()
         self._input_thread = threading.Thread(target=self._read_input, name="core-input", daemon=True)
 
-    def run(self, build_core: Callable[[], EngineCore]) -> int:
+    def run(self, build_core: Callable[[], "EngineCore"]) -> int:
         """Build the core, serve it until told to stop, release it; returns the exit code.
 
         A failure is the front end's to report: it gets the reason as CoreDied.
@@ -109,7 +110,7 @@ class EngineCoreProc:
         except queue.Full:
             logger.debug("inbox full while stopping")
 
-    def _serve(self, core: EngineCore) -> None:
+    def _serve(self, core: "EngineCore") -> None:
         while not self._stop.is_set():
             if not core.has_work:
                 self._handle(core, self._inbox.get())
@@ -118,7 +119,7 @@ class EngineCoreProc:
             if core.has_work and not self._stop.is_set():
                 self._send(core.step())
 
-    def _handle(self, core: EngineCore, message: ToCore) -> None:
+    def _handle(self, core: "EngineCore", message: ToCore) -> None:
         match message:
             case EngineCoreRequest():
                 try:
@@ -167,85 +168,38 @@ class EngineCoreProc:
             return
 
 
-def run_engine_core(args: EngineArgs, input_endpoint: str, output_endpoint: str, runtime_dir: Path) -> int:
-    """Main of the engine core process; `runtime_dir` is removed if the front end is gone without doing so."""
-    return serve_until_stopped(lambda: EngineCore(args.resolve()), input_endpoint, output_endpoint, runtime_dir)
+def import_core() -> BuildCore:
+    """Import what computes, which takes seconds; returns what builds a core."""
+    from folovllm.engine.core import EngineCore
+
+    return lambda args: EngineCore(args.resolve())
 
 
-def serve_until_stopped(
-    build_core: Callable[[], EngineCore], input_endpoint: str, output_endpoint: str, runtime_dir: Path
-) -> int:
-    """Serve a core under the process's signals and its parent's life; to be called in the main thread."""
-    proc = EngineCoreProc(input_endpoint, output_endpoint)
-    watchdog = _Watchdog(proc, _install_signal_handlers(), runtime_dir)
-    watchdog.start()
-    try:
-        return proc.run(build_core)
-    finally:
-        watchdog.finish()
+def main(argv: Sequence[str] | None = None, load: Callable[[], BuildCore] = import_core) -> int:
+    """Command line of the process: the first line of stdin is the EngineArgs as JSON, then stdin stays open.
 
-
-def _install_signal_handlers() -> int:
-    """Let SIGTERM write to a pipe, which is returned; a Python handler would run in the main thread, amid a step."""
-    read_fd, write_fd = os.pipe()
-    os.set_blocking(write_fd, False)
-    signal.set_wakeup_fd(write_fd)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return read_fd
-
-
-class _Watchdog:
-    """Waits for SIGTERM or for the parent's end, stops the main loop, and makes sure that the process does end."""
-
-    def __init__(self, proc: EngineCoreProc, wakeup_fd: int, runtime_dir: Path) -> None:
-        self._proc = proc
-        self._wakeup_fd = wakeup_fd
-        self._runtime_dir = runtime_dir
-        self._is_orphaned = threading.Event()
-        self._is_finished = threading.Event()
-
-    def start(self) -> None:
-        """Begin to watch."""
-        threading.Thread(target=self._run, name="core-watchdog", daemon=True).start()
-
-    def finish(self) -> None:
-        """The main loop has ended: remove what the front end can no longer remove itself."""
-        self._is_finished.set()
-        if self._is_orphaned.is_set():
-            shutil.rmtree(self._runtime_dir, ignore_errors=True)
-
-    def _run(self) -> None:
-        parent = os.getppid()
-        poller = select.poll()
-        poller.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
-        poller.register(self._wakeup_fd, select.POLLIN)
-        # The pipe tells at once; asking for the parent as well covers a pipe that a fork of the parent keeps open.
-        while not (ready := poller.poll(_POLL_MS)) and os.getppid() == parent:
-            if self._is_finished.is_set():
-                return
-        if any(fd == self._wakeup_fd for fd, _ in ready):
-            logger.info("engine core stops reason=SIGTERM")
-        else:
-            logger.info("engine core stops reason=front-end-gone")
-            self._is_orphaned.set()
-        self._proc.stop()
-        if not self._is_finished.wait(_EXIT_GRACE_S):
-            logger.error("engine core did not stop in time; exits now")
-            self.finish()
-            os._exit(1)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of the process: the first line of stdin is the EngineArgs as JSON, then stdin stays open."""
+    `load` imports the core and returns its builder. To be called in the main thread.
+    """
     parser = argparse.ArgumentParser(description="Engine core process; started by the front end.")
     parser.add_argument("--input", required=True)
     parser.add_argument("--output", required=True)
     parser.add_argument("--runtime-dir", type=Path, required=True)
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    args = EngineArgs.from_options(msgspec.json.decode(sys.stdin.buffer.readline()))
-    return run_engine_core(args, options.input, options.output, options.runtime_dir)
+    watchdog = CoreWatchdog(options.runtime_dir)
+    try:
+        line = sys.stdin.buffer.readline()
+        if not line.endswith(b"\n"):
+            logger.error("engine core stops reason=front-end-gone")
+            return 1
+        watchdog.start()
+        args = EngineArgs.from_options(msgspec.json.decode(line))
+        build_core = load()
+        proc = EngineCoreProc(options.input, options.output)
+        watchdog.attach(proc.stop)
+        return proc.run(lambda: build_core(args))
+    finally:
+        watchdog.finish()
 
 
 if __name__ == "__main__":
