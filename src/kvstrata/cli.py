@@ -33,7 +33,7 @@ def _option(help_text: str, **more: Any) -> Any:
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
 ReadyFd = Annotated[int | None, _option("Announce the served port on this file descriptor.", hidden=True)]
-ExitWithParent = Annotated[bool, _option("Stop when the parent process dies.", hidden=True)]
+ParentPid = Annotated[int | None, _option("Stop when this process, the parent, dies.", hidden=True)]
 
 
 @app.command()
@@ -58,10 +58,10 @@ def serve(
     kv_transfer_config: Annotated[str | None, _option("KV connector, as JSON.")] = None,
     kv_events_config: Annotated[str | None, _option("KV event publisher, as JSON.")] = None,
     ready_fd: ReadyFd = None,
-    exit_with_parent: ExitWithParent = False,
+    parent_pid: ParentPid = None,
 ) -> None:
     """Serve a model over the OpenAI API."""
-    _become_server(exit_with_parent)
+    _become_server(parent_pid)
     from folovllm.engine.arg_utils import EngineArgs
     from folovllm.entrypoints.openai.api_server import run_server
     from folovllm.errors import FoloVLLMError
@@ -107,10 +107,10 @@ def route(
     block_size: Annotated[int | None, _option("Tokens per block key; best the engines' own.")] = None,
     config: Annotated[Path | None, _option("JSON or YAML document with every option; flags win.")] = None,
     ready_fd: ReadyFd = None,
-    exit_with_parent: ExitWithParent = False,
+    parent_pid: ParentPid = None,
 ) -> None:
     """Route OpenAI requests to the engine that has their prefix cached."""
-    _become_server(exit_with_parent)
+    _become_server(parent_pid)
     from kvrouter.config import RouterConfig, load_config, parse_pod
     from kvrouter.errors import KVRouterError
     from kvrouter.proxy.serve import run_router
@@ -169,10 +169,10 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _become_server(exit_with_parent: bool) -> None:
+def _become_server(parent_pid: int | None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if exit_with_parent:
-        lifeline.exit_with_parent()
+    if parent_pid is not None:
+        lifeline.exit_with_parent(parent_pid)
 
 
 def _ready_callback(ready_fd: int | None) -> Callable[[int], None]:

@@ -6,7 +6,6 @@ import os
 import signal
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -112,6 +111,7 @@ def _run_scenarios(options: DemoOptions, model: str, console: Console) -> list[S
         for scenario, task in zip(SCENARIOS, tasks, strict=True):
             progress.update(task, note=f"starting {options.num_engines} engines and a router")
             with Stack(stack_spec(options, scenario, model)) as stack:
+                console.print(f"{scenario.name}: serving at {stack.url}", style="dim", highlight=False)
                 progress.start_task(task)
                 reports.append(_run_scenario(scenario, stack, options.workload, _ProgressNote(progress, task)))
     return reports
@@ -142,7 +142,7 @@ def _serve_until_interrupted(options: DemoOptions, model: str, console: Console)
             markup=False,
             highlight=False,
         )
-        threading.Event().wait()
+        stack.watch()
 
 
 class _ProgressNote:

@@ -8,11 +8,11 @@ import signal
 PR_SET_PDEATHSIG = 1
 
 
-def exit_with_parent() -> None:
+def exit_with_parent(parent_pid: int) -> None:
     """Have the kernel send this process SIGTERM when its parent dies, also when the parent is killed with -9."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    if os.getppid() == 1:  # the parent died before the call above
+    if os.getppid() != parent_pid:  # it died before the call above
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -25,6 +25,7 @@ from typing import Self
 from kvstrata.errors import StackError
 
 START_TIMEOUT_S = 180.0
+# The router stops first and takes its requests along, so engines have nothing to drain; what they still do is killed.
 STOP_TIMEOUT_S = 15.0
 LOG_TAIL_LINES = 15
 
@@ -114,6 +115,22 @@ class Stack:
         self.engines[index] = self._start_engine(index, old.port)
         self._wait_ready(self.engines[index])
 
+    def watch(self) -> None:
+        """Return never, but in an exception.
+
+        Raises:
+            StackError: a process of the stack died.
+        """
+        with ExitStack() as closing:
+            poll, children = select.poll(), {}
+            for child in [*self.engines, *([self.router] if self.router else [])]:
+                pidfd = os.pidfd_open(child.process.pid)
+                closing.callback(os.close, pidfd)
+                children[pidfd] = child
+                poll.register(pidfd, select.POLLIN)
+            dead = children[poll.poll()[0][0]]
+            raise StackError(_last_words(dead, f"ended with status {dead.process.wait(STOP_TIMEOUT_S)}"))
+
     def close(self) -> None:
         """Stop everything: the router first, so that no request loses its engine. Idempotent."""
         for group in ([self.router] if self.router else [], self.engines):
@@ -161,7 +178,7 @@ class Stack:
         line = [sys.executable, "-m", "kvstrata", command, *arguments]
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [*line, "--ready-fd", str(write_fd), "--exit-with-parent"],
+                [*line, "--ready-fd", str(write_fd), "--parent-pid", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -177,10 +194,14 @@ class Stack:
             readable, _, _ = select.select([pipe], [], [], START_TIMEOUT_S)
             line = pipe.readline() if readable else ""
         if not line:
-            why = f"ended with status {child.process.poll()}" if readable else f"not ready in {START_TIMEOUT_S:.0f} s"
-            tail = "\n".join(child.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
-            raise StackError(f"{child.name}: {why}; the end of its log:\n{tail}")
+            ended = f"ended with status {child.process.wait(STOP_TIMEOUT_S)}" if readable else ""
+            raise StackError(_last_words(child, ended or f"not ready in {START_TIMEOUT_S:.0f} s"))
         child.port = int(json.loads(line)["port"])
+
+
+def _last_words(child: Child, what: str) -> str:
+    tail = "\n".join(child.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+    return f"{child.name}: {what}; the end of its log:\n{tail}"
 
 
 def _reap(child: Child, deadline: float) -> None:

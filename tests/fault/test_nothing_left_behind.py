@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kvstrata.errors import StackError
 from kvstrata.stack import Stack, StackSpec
 
 DEADLINE_S = 90
@@ -65,10 +67,9 @@ def shared_memory_of(process: psutil.Process) -> set[str]:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_demo_leaves_nothing(small_model, how, scratch):
-    command = [sys.executable, "-m", "kvstrata", "demo", "--model", str(small_model), "--users", "4", "--turns", "2"]
-    demo = subprocess.Popen([*command, "--keep"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    demo = start_demo(small_model)
     try:
-        output = read_until(demo, "curl")
+        output = read_until(demo, "serving at")
         family = psutil.Process(demo.pid).children(recursive=True)
         assert len(family) >= 5, "a router and two engines with their cores"
         demo.send_signal(how)
@@ -84,25 +85,51 @@ def test_an_interrupted_demo_leaves_nothing(small_model, how, scratch):
         assert not list(scratch.iterdir())
 
 
+def start_demo(model: Path, *flags: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "kvstrata", "demo", "--model", str(model), "--users", "4", "--turns", "3", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
 def read_until(process: subprocess.Popen[bytes], word: str) -> str:
     text = ""
     while word not in text:
         readable, _, _ = select.select([process.stdout], [], [], DEADLINE_S)
-        piece = os.read(process.stdout.fileno(), 65536).decode() if readable else ""
+        piece = os.read(process.stdout.fileno(), 65536).decode(errors="replace") if readable else ""
         assert piece, f"the demo ended or stalled before it printed {word!r}:\n{text}"
         text += piece
     return text
 
 
-def test_demo_writes_its_figures(small_model, tmp_path):
+def test_demo_writes_its_figures_and_serves_on(small_model, tmp_path):
     figures = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "kvstrata", "demo", "--model", str(small_model), "--users", "4", "--turns", "3"]
-    result = subprocess.run(
-        [*command, "--json", str(figures)], capture_output=True, text=True, timeout=280, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    demo = start_demo(small_model, "--json", str(figures), "--keep")
+    try:
+        output = read_until(demo, "}'\n")
+        curl = shlex.split(next(line for line in output.splitlines() if line.startswith("curl ")))
+        answer = subprocess.run(
+            [*curl, "-sS", "--max-time", "60"], capture_output=True, text=True, timeout=90, check=True
+        )
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(timeout=DEADLINE_S) == 130
+    finally:
+        demo.kill()
+        demo.wait(timeout=DEADLINE_S)
+        demo.stdout.close()
+    assert answer.stdout.rstrip().endswith("data: [DONE]")
     rows = {row["scenario"]: row for row in json.loads(figures.read_text())}
     assert list(rows) == ["kv_aware + flexkv", "kv_aware", "round_robin"]
     assert all(row["num_requests"] == 12 for row in rows.values())
     assert rows["kv_aware"]["follow_up_on_same_pod_share"] == 1.0
     assert rows["kv_aware"]["cached_share"] > rows["round_robin"]["cached_share"]
+
+
+def test_a_stack_whose_engine_dies_says_so(small_model):
+    with Stack(spec_of(small_model)) as stack:
+        stack.engines[1].process.kill()
+        with pytest.raises(StackError, match="pod-1: ended with status -9"):
+            stack.watch()
+
+
+def test_an_engine_that_cannot_start_is_quoted(tmp_path):
+    with pytest.raises(StackError, match=r"no config\.json"), Stack(spec_of(tmp_path)):
+        pass

@@ -48,7 +48,7 @@ class Fleet:
 
     def score(self, prompt: list[int], cache_salt: str | None = None) -> float:
         last = ReplayClient(self.replay).replay(0).frames[-1].seq
-        assert self.subscribers.wait_applied("pod-a", last, TIMEOUT_S)
+        self.subscribers.wait_applied("pod-a", last, TIMEOUT_S)
         return self.index.score(self.tokens.keys(prompt, "m", cache_salt), weights=WEIGHTS).get("pod-a", 0.0)
 
 
