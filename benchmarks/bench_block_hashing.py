@@ -11,19 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench_environment import environment
 from kvblocks import _native
 from kvblocks.hashing import BlockHasher
 
@@ -103,13 +102,6 @@ def summary(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_python = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
@@ -142,15 +134,14 @@ def main() -> None:
             assert last == sha256.hash_blocks(token_list)[-1].hex(), "vLLM and kvblocks disagree"
 
     result: dict[str, Any] = {
+        "benchmark": "block_hashing",
+        "environment": environment("kvstrata", "numpy") | {"sha_extensions": _native.sha256_ni_supported()},
         "workload": {"num_tokens": NUM_TOKENS, "vocab_size": VOCAB_SIZE, "block_size": BLOCK_SIZE, "runs": NUM_RUNS},
-        "cpu": cpu_name(),
-        "sha_extensions": _native.sha256_ni_supported(),
-        "versions": {"python": platform.python_version(), "numpy": version("numpy")},
         "kvblocks": {name: summary(values) for name, values in seconds.items()},
     }
     if peer is not None:
         peer.close()
-        result["versions"]["vllm"] = peer.version
+        result["environment"]["versions"]["vllm"] = peer.version
         result["vllm sha256_cbor list -> list[bytes]"] = summary(peer_seconds)
         result["ratio"] = {
             name: round(statistics.median(peer_seconds) / statistics.median(values), 1)

@@ -103,7 +103,12 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     args = parser.parse_args()
     results = [measure(shape, args.gib, args.threads, args.repeat) for shape in SHAPES]
-    document = {"benchmark": "flexkv_copy", "threads": args.threads, **environment(), "results": results}
+    document = {
+        "benchmark": "flexkv_copy",
+        "environment": environment(),
+        "threads": args.threads,
+        "results": results,
+    }
     print(json.dumps(document, indent=2))
 
 

@@ -181,6 +181,7 @@ def in_fresh_process(bench: Callable[[int], dict[str, object]], arguments: tuple
 
 def main() -> None:
     result = {
+        "benchmark": "flexkv_index",
         "environment": environment("kvstrata", "numpy"),
         "memory_at_1m_blocks": in_fresh_process(bench_memory, (64, 16, 1)),
         "get_match_8192_tokens": [bench_lookup(num_stored) for num_stored in STORED_BLOCKS],

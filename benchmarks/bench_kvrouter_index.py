@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench_environment import environment
 from kvblocks.events import BlockStored, KVEventBatch, encode_batch
 from kvrouter.kvblock.base import PodEntry
 from kvrouter.kvblock.in_memory import InMemoryIndex
@@ -143,16 +143,6 @@ def bench_clear() -> dict[str, float]:
     return {"clear_100000_of_10m_ms": (time.thread_time() - start) * 1e3}
 
 
-def hardware() -> dict[str, object]:
-    cpu = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        cpu = next(
-            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), cpu
-        )
-    return {"cpu": cpu, "python": platform.python_version(), "numpy": np.__version__}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="also write the results here")
@@ -160,7 +150,9 @@ def main() -> None:
     results: dict[str, float] = {}
     for bench in (bench_score, bench_prompt, bench_ingest, bench_clear):
         results |= bench()
-    document = json.dumps({"hardware": hardware(), "results": {k: round(v, 3) for k, v in results.items()}}, indent=2)
+    rounded = {name: round(value, 3) for name, value in results.items()}
+    head = {"benchmark": "kvrouter_index", "environment": environment("kvstrata", "numpy")}
+    document = json.dumps(head | {"results": rounded}, indent=2)
     sys.stdout.write(document + "\n")
     if arguments.json:
         arguments.json.write_text(document + "\n")

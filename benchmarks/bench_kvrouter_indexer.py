@@ -82,6 +82,8 @@ def main() -> None:
                 if run >= NUM_WARM_UP_RUNS:
                     measured[name].append(elapsed)
     result = {
+        "benchmark": "kvrouter_indexer",
+        "environment": environment("kvstrata", "numpy") | {"sha_extensions": _native.sha256_ni_supported()},
         "workload": {
             "num_tokens": NUM_TOKENS,
             "block_size": indexer.block_size,
@@ -89,7 +91,6 @@ def main() -> None:
             "num_records": NUM_PODS * NUM_OTHER_BLOCKS + len(keys) * (NUM_PODS + 1) // 2,
             "runs": NUM_RUNS,
         },
-        "environment": environment("numpy") | {"sha_extensions": _native.sha256_ni_supported()},
         "target_us": TARGET_US,
         "results": {name: summary(values) for name, values in measured.items()},
     }

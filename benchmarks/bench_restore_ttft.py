@@ -17,7 +17,7 @@ from kvstrata.stack import Stack, StackSpec
 from kvstrata.workload import TurnResult, WorkloadSpec, ask, make_conversations
 
 NUM_PROMPTS = 5
-PROMPT_WORDS = 880  # about 2,000 tokens
+PROMPT_WORDS = 1370  # about 2,000 tokens
 MAX_TOKENS = 4
 ENGINE_OPTIONS = ("--num-kv-blocks", "512", "--max-model-len", "4096")
 
