@@ -58,8 +58,10 @@ class ModelConfig:
     served_model_name: str
     hf_config: "PretrainedConfig"
     dtype: "torch.dtype"
+    context_len: int
+    """Longest request, prompt and output, in tokens, by the options or else by the model."""
     max_model_len: int
-    """Longest request, prompt and output, in tokens; one that long fits the KV cache."""
+    """The same, cut to what the KV cache holds."""
     seed: int
     skip_tokenizer_init: bool
 

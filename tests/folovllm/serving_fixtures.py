@@ -40,8 +40,7 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-BLOCK_SIZE = 16
-NUM_KV_BLOCKS = 65
+POOL_TOKENS = 1024
 MAX_MODEL_LEN = 512
 UNLUCKY = [13, 13, 13]
 
@@ -192,7 +191,7 @@ def run_fake_core(input_endpoint: str, output_endpoint: str, death: str | None, 
     if death is not None:
         outbox.send(encode(CoreDied(death)))
     else:
-        outbox.send(encode(CoreReady(num_kv_blocks=NUM_KV_BLOCKS, max_model_len=MAX_MODEL_LEN)))
+        outbox.send(encode(CoreReady(context_len=MAX_MODEL_LEN, pool_tokens=POOL_TOKENS)))
         core = FakeCore()
         while not core.is_shut_down:
             if inbox.poll(step_ms if core.has_work else None):

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.folovllm.serving_fixtures import BLOCK_SIZE, FakeHandle, start_fake_core, write_front_end_files
+from tests.folovllm.serving_fixtures import FakeHandle, start_fake_core, write_front_end_files
 
 from folovllm.engine import async_llm
 from folovllm.engine.async_llm import AsyncLLM
@@ -25,7 +25,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def start(handle: FakeHandle, directory: Path) -> AsyncLLM:
     engine = AsyncLLM(handle, EngineMetrics("demo"))  # type: ignore[arg-type]
-    await engine.start(directory, BLOCK_SIZE, False, DEADLINE_S)
+    await engine.start(directory, False, DEADLINE_S)
     return engine
 
 
@@ -166,5 +166,5 @@ async def test_long_prompts_are_tokenised_like_short_ones(engine: AsyncLLM) -> N
 async def test_model_that_cannot_be_loaded_is_reported_with_the_cores_words(directory: Path) -> None:
     engine = AsyncLLM(start_fake_core(death="no layer 7"), EngineMetrics("demo"))  # type: ignore[arg-type]
     with pytest.raises(ModelLoadError, match="no layer 7"):
-        await engine.start(directory, BLOCK_SIZE, False, DEADLINE_S)
+        await engine.start(directory, False, DEADLINE_S)
     await engine.shutdown()

@@ -90,6 +90,7 @@ def test_longest_request_is_cut_to_what_the_pool_holds(model: str, caplog: pytes
     with caplog.at_level(logging.WARNING):
         config = args(model, num_kv_blocks=5).resolve()
     assert config.model_config.max_model_len == 4 * 16, "block 0 holds nothing"
+    assert config.model_config.context_len == 512
     assert "max_model_len=512 is more than the KV cache holds; using 64" in caplog.text
 
 

@@ -4,7 +4,7 @@ import signal
 from collections.abc import AsyncIterator
 
 import pytest
-from tests.folovllm.serving_fixtures import MAX_MODEL_LEN, NUM_KV_BLOCKS, FakeHandle, start_fake_core
+from tests.folovllm.serving_fixtures import MAX_MODEL_LEN, POOL_TOKENS, FakeHandle, start_fake_core
 
 from folovllm.engine.core_client import ProcClient
 from folovllm.engine.messages import EngineCoreOutputs, EngineCoreRequest
@@ -43,7 +43,7 @@ def request(number: int, max_tokens: int = 3) -> EngineCoreRequest:
 
 async def test_request_and_outputs_cross_the_sockets(front: Front) -> None:
     ready = await front.client.wait_ready(DEADLINE_S)
-    assert (ready.num_kv_blocks, ready.max_model_len) == (NUM_KV_BLOCKS, MAX_MODEL_LEN)
+    assert (ready.context_len, ready.pool_tokens) == (MAX_MODEL_LEN, POOL_TOKENS)
     front.client.add_request(request(1))
     tokens, reasons = [], []
     while not any(reasons):

@@ -90,7 +90,7 @@ def front(model: str) -> Iterator[FrontEnd]:
 
 
 def test_life_of_a_core(front: FrontEnd) -> None:
-    assert front.receive() == CoreReady(num_kv_blocks=33, max_model_len=128)
+    assert front.receive() == CoreReady(context_len=256, pool_tokens=128)
     assert front.handle.runtime_dir.stat().st_mode & 0o777 == 0o700
 
     front.send(make_message("a", [1, 2, 3]), make_message("b", list(range(20))))

@@ -83,7 +83,7 @@ def test_abort_produces_no_more_output(make_core: MakeCore) -> None:
 
 def test_capacity_is_what_the_longest_request_may_have(make_core: MakeCore) -> None:
     core = make_core(num_kv_blocks=6, max_model_len=100)
-    assert core.capacity_tokens == 20
+    assert core.pool_tokens == 20
     core.add_request(make_message("long", list(range(21))))
     core.add_request(make_message("grows", list(range(10)), 90))
     outputs = drain(core)

@@ -153,6 +153,13 @@ def test_generate_in_the_middle_of_a_stream_loses_nothing(echo: tuple[LLM, FakeC
     assert len(last.outputs[0].token_ids) == 12
 
 
+def test_prompt_longer_than_the_pool_is_told_so(small_model: Path) -> None:
+    with LLM(str(small_model), num_kv_blocks=5, num_threads=1) as llm:
+        assert llm.generate([[5] * 63], GREEDY)[0].outputs[0].finish_reason == "length"
+        with pytest.raises(InvalidRequestError, match="at most 63 fit, because the KV pool holds 64 tokens"):
+            llm.generate([[5] * 64], GREEDY)
+
+
 def test_mistakes_in_options_are_named(small_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'max_model_len'"):
         LLM(str(small_model), max_model_length=5)

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from tests.folovllm.serving_fixtures import BLOCK_SIZE, MAX_MODEL_LEN, UNLUCKY, start_fake_core, write_front_end_files
+from tests.folovllm.serving_fixtures import MAX_MODEL_LEN, UNLUCKY, start_fake_core, write_front_end_files
 
 from folovllm.engine.async_llm import AsyncLLM
 from folovllm.entrypoints.openai import middleware
@@ -29,7 +29,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def app(directory: Path) -> AsyncIterator[Any]:
     engine = AsyncLLM(start_fake_core(), EngineMetrics(MODEL))  # type: ignore[arg-type]
-    await engine.start(directory, BLOCK_SIZE, False, DEADLINE_S)
+    await engine.start(directory, False, DEADLINE_S)
     yield build_app(OpenAIServing(engine, MODEL), str(directory))
     await engine.shutdown()
 

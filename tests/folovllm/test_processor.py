@@ -16,9 +16,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_front_end_files(tmp_path_factory.mktemp("model"))
 
 
-def make_processor(directory: Path, max_model_len: int = 32, pool_tokens: int = 64) -> Processor:
+def make_processor(directory: Path, context_len: int = 32, pool_tokens: int = 64) -> Processor:
     tokenizer = Tokenizer.from_checkpoint(directory)
-    return Processor(tokenizer, Limits(max_model_len, pool_tokens), read_model_facts(directory))
+    return Processor(tokenizer, Limits(context_len, pool_tokens), read_model_facts(directory))
 
 
 def test_text_and_its_token_ids_make_the_same_request(directory: Path) -> None:
@@ -63,14 +63,10 @@ def test_longest_prompt_leaves_one_token(directory: Path) -> None:
 
 
 def test_prompt_must_fit_the_pool(directory: Path) -> None:
-    processor = make_processor(directory, max_model_len=100, pool_tokens=48)
+    processor = make_processor(directory, context_len=100, pool_tokens=48)
     assert len(processor.tokenize([5] * 47)) == 47
-    with pytest.raises(PromptTooLongError, match="at most 47 fit into the KV cache of 48 tokens"):
+    with pytest.raises(PromptTooLongError, match="at most 47 fit, because the KV pool holds 48 tokens"):
         processor.tokenize([5] * 48)
-
-
-def test_null_block_holds_no_tokens() -> None:
-    assert Limits.of_pool(max_model_len=1000, num_kv_blocks=5, block_size=16).tokens == 64
 
 
 @pytest.mark.parametrize(("asked", "given"), [(None, 22), (5, 5), (22, 22), (500, 22)])

@@ -125,6 +125,7 @@ class EngineArgs:
             served_model_name=self.served_model_name or self.model,
             hf_config=hf_config,
             dtype=_resolve_dtype(self.dtype, hf_config),
+            context_len=self.max_model_len or context,
             max_model_len=self.max_model_len or context,
             seed=self.seed,
             skip_tokenizer_init=self.skip_tokenizer_init,
@@ -235,12 +236,12 @@ def _fit_to_pool(config: EngineConfig, num_kv_blocks: int) -> EngineConfig:
     """Set the pool's size and what depends on it."""
     model, scheduler = config.model_config, config.scheduler_config
     capacity = (num_kv_blocks - 1) * config.cache_config.block_size  # block 0 is the null block
-    max_model_len = min(model.max_model_len, capacity)
-    if max_model_len < model.max_model_len:
+    max_model_len = min(model.context_len, capacity)
+    if max_model_len < model.context_len:
         logger.warning(
             "max_model_len=%d is more than the KV cache holds; using %d (num_kv_blocks=%d); "
             "raise num_kv_blocks or kv_cache_memory_gb for longer requests",
-            model.max_model_len,
+            model.context_len,
             max_model_len,
             num_kv_blocks,
         )

@@ -98,13 +98,13 @@ class AsyncLLM:
         directory = await asyncio.to_thread(resolve_checkpoint, args.model)  # may download
         engine = cls(start_engine_core(args), EngineMetrics(args.served_model_name or args.model))
         try:
-            await engine.start(directory, args.block_size, args.skip_tokenizer_init, start_timeout_s)
+            await engine.start(directory, args.skip_tokenizer_init, start_timeout_s)
         except BaseException:
             await engine.shutdown()
             raise
         return engine
 
-    async def start(self, directory: Path, block_size: int, skip_tokenizer_init: bool, timeout_s: float) -> None:
+    async def start(self, directory: Path, skip_tokenizer_init: bool, timeout_s: float) -> None:
         """Read tokenizer and configuration of the checkpoint while the core loads its weights.
 
         Raises:
@@ -116,7 +116,7 @@ class AsyncLLM:
             ready = await self._client.wait_ready(timeout_s)
         except EngineDeadError as error:
             raise ModelLoadError(f"the engine did not start: {error}") from error
-        limits = Limits.of_pool(ready.max_model_len, ready.num_kv_blocks, block_size)
+        limits = Limits(ready.context_len, ready.pool_tokens)
         self._processor = Processor(tokenizer, limits, facts)
         self._outputs = OutputProcessor(tokenizer, self.metrics)
         self._watchdog = asyncio.create_task(self._watch(), name="engine-core-watchdog")

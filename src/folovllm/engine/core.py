@@ -76,9 +76,9 @@ class EngineCore:
         return self.scheduler.has_work or bool(self._kept_outputs)
 
     @property
-    def capacity_tokens(self) -> int:
-        """The longest request, prompt and output, that the KV cache can ever hold; longer ones end with "error"."""
-        return min(self.scheduler.capacity_tokens, self.scheduler.max_model_len)
+    def pool_tokens(self) -> int:
+        """The longest request, prompt and output, that the KV pool can ever hold; longer ones end with "error"."""
+        return self.scheduler.capacity_tokens
 
     def add_request(self, request: EngineCoreRequest) -> None:
         """Queue a request.

@@ -80,12 +80,7 @@ class EngineCoreProc:
         try:
             self._input_thread.start()
             core = build_core()
-            self._send(
-                CoreReady(
-                    num_kv_blocks=core.config.cache_config.num_kv_blocks,
-                    max_model_len=core.capacity_tokens,
-                )
-            )
+            self._send(CoreReady(context_len=core.config.model_config.context_len, pool_tokens=core.pool_tokens))
             self._serve(core)
             return 0
         except Exception as error:  # the process's outermost boundary

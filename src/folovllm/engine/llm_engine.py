@@ -37,9 +37,7 @@ class LLMEngine:
         directory = Path(config.model_config.model)
         tokenizer = None if args.skip_tokenizer_init else Tokenizer.from_checkpoint(directory)
         core = EngineCore(config)
-        limits = Limits.of_pool(
-            config.model_config.max_model_len, config.cache_config.num_kv_blocks, config.cache_config.block_size
-        )
+        limits = Limits(config.model_config.context_len, core.pool_tokens)
         return cls(InprocClient(core), Processor(tokenizer, limits, read_model_facts(directory)))
 
     def add_requests(

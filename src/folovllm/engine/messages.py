@@ -85,8 +85,10 @@ class EngineCoreOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"
 class CoreReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready", array_like=True):
     """Core -> front end: the model is loaded; sent once."""
 
-    num_kv_blocks: int
-    max_model_len: int
+    context_len: int
+    """Longest request, prompt and output, in tokens, by the options or else by the model."""
+    pool_tokens: int
+    """Tokens the KV pool holds when one request has it for itself."""
 
 
 class CallResult(msgspec.Struct, frozen=True, tag="result", array_like=True):

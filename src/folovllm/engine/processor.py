@@ -23,20 +23,22 @@ PromptType = str | Sequence[int]
 class Limits:
     """What a request must fit into, in tokens."""
 
-    max_model_len: int
-    """Prompt and output of one request, by the model's context."""
+    context_len: int
+    """Prompt and output of one request, by the options or else by the model."""
     pool_tokens: int
-    """Tokens the KV cache of the device holds when one request has it for itself."""
-
-    @classmethod
-    def of_pool(cls, max_model_len: int, num_kv_blocks: int, block_size: int) -> "Limits":
-        """The limits for a pool of `num_kv_blocks`, of which the null block holds nothing."""
-        return cls(max_model_len, (num_kv_blocks - 1) * block_size)
+    """What the KV pool of the device holds when one request has it for itself."""
 
     @property
-    def tokens(self) -> int:
+    def max_model_len(self) -> int:
         """The smaller of the two."""
-        return min(self.max_model_len, self.pool_tokens)
+        return min(self.context_len, self.pool_tokens)
+
+    @property
+    def reason(self) -> str:
+        """The smaller of the two as half a sentence for error messages."""
+        if self.pool_tokens < self.context_len:
+            return f"the KV pool holds {self.pool_tokens} tokens"
+        return f"the maximum context length is {self.context_len} tokens"
 
 
 @dataclass(slots=True)
@@ -121,7 +123,7 @@ class Processor:
             raise InvalidRequestError("cache_salt='' is not allowed; it must be a non-empty string")
         if params.stop:
             self.require_tokenizer()
-        room = self.limits.tokens - len(token_ids)
+        room = self.limits.max_model_len - len(token_ids)
         if params.max_tokens is None or params.max_tokens > room:
             params = msgspec.structs.replace(params, max_tokens=room)
         return EngineCoreRequest(
@@ -136,13 +138,8 @@ class Processor:
     def _check_length(self, length: int) -> None:
         if length + 1 > self.limits.max_model_len:
             raise PromptTooLongError(
-                f"the prompt has {length} tokens; at most {self.limits.max_model_len - 1} fit, because the maximum "
-                f"context length is {self.limits.max_model_len} tokens and at least one must be generated"
-            )
-        if length + 1 > self.limits.pool_tokens:
-            raise PromptTooLongError(
-                f"the prompt has {length} tokens; at most {self.limits.pool_tokens - 1} fit into the KV cache of "
-                f"{self.limits.pool_tokens} tokens (num_kv_blocks decides) with one more to generate"
+                f"the prompt has {length} tokens; at most {self.limits.max_model_len - 1} fit, because "
+                f"{self.limits.reason} and at least one must be generated"
             )
 
 

@@ -207,11 +207,10 @@ class OpenAIServing:
         self, token_ids: list[int], options: dict[str, Any], max_tokens: int | None, cache_salt: str | None
     ) -> EngineCoreRequest:
         processor = self.engine.processor
-        context = processor.limits.max_model_len
-        if max_tokens is not None and len(token_ids) + max_tokens > context:
+        limits = processor.limits
+        if max_tokens is not None and len(token_ids) + max_tokens > limits.max_model_len:
             raise RequestError(
-                f"max_tokens={max_tokens} is too large: the maximum context length is {context} tokens and the prompt "
-                f"has {len(token_ids)}",
+                f"max_tokens={max_tokens} is too large: {limits.reason} and the prompt has {len(token_ids)}",
                 param="max_tokens",
                 code="context_length_exceeded",
             )
