@@ -51,7 +51,7 @@ def serve(
     block_size: Annotated[int | None, _option("Tokens of one KV block.")] = None,
     num_kv_blocks: Annotated[int | None, _option("Blocks of the device's KV pool.")] = None,
     kv_cache_memory_gb: Annotated[float | None, _option("Size of that pool instead.")] = None,
-    enable_prefix_caching: Annotated[bool | None, _option("Reuse the KV of shared prefixes.", is_flag=True)] = None,
+    enable_prefix_caching: Annotated[bool | None, _option("Reuse the KV of shared prefixes.")] = None,
     attention_backend: Annotated[str | None, _option("auto, torch_naive or torch_sdpa.")] = None,
     seed: Annotated[int | None, _option("Seed of the requests that bring none.")] = None,
     num_threads: Annotated[int | None, _option("Threads of the model's arithmetic on a CPU.")] = None,
