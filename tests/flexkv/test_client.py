@@ -12,11 +12,15 @@ from tests.flexkv.worker_process import WorkerProcess
 
 from flexkv.common.config import CacheConfig, CpuTierConfig, ModelConfig
 from flexkv.common.request import ResponseStatus
+from flexkv.common.storage import PoolLayout
 from flexkv.errors import ConfigError
 from flexkv.kvmanager import KVManager
-from flexkv.server import request
+from flexkv.server import device_endpoint, request
 from flexkv.server.client import KVTPClient
+from flexkv.server.device_endpoint import DeviceEndpoint
 from flexkv.server.runtime_dir import device_socket, ensure_private, store_dir, store_name
+from flexkv.storage.allocator import CpuPool
+from flexkv.transfer.worker import OpResult
 
 TOKENS = list(range(2 * BLOCK))
 
@@ -28,9 +32,10 @@ def store():
         store.check_integrity()
 
 
-def pool_mappings() -> int:
+def pool_mappings() -> set[str]:
+    """The pools mapped into this process, those of other tests included, each by its name with the address."""
     with open("/proc/self/maps") as maps:
-        return sum("kvstrata-" in line for line in maps)
+        return {line for line in maps if "memfd:kvstrata-" in line}
 
 
 def test_a_worker_in_another_process_moves_the_bytes(store):
@@ -98,14 +103,92 @@ def test_two_ranks_share_a_block():
             assert not store.wait([task])[task].ok
 
 
-def test_the_pool_leaves_nothing_behind(store):
-    before = set(os.listdir("/dev/shm"))
-    with KVManager(MODEL, CacheConfig(CpuTierConfig(num_blocks=8), BLOCK)) as other:
-        assert pool_mappings() == 2
-        assert set(os.listdir("/dev/shm")) == before, "the pool has no name anybody could leave behind"
-        assert stat.S_IMODE(other.device_dir.stat().st_mode) == 0o700
-    assert pool_mappings() == 1
-    assert not other.device_dir.exists()
+def named_shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if "kvstrata" in name}
+
+
+def test_the_pool_leaves_nothing_behind():
+    before = pool_mappings()
+    with KVManager(MODEL, CacheConfig(CpuTierConfig(num_blocks=8), BLOCK)) as store:
+        client = KVTPClient(store.device_dir, 0, MODEL, BLOCK)
+        with client:
+            client.register(make_kv_caches(MODEL, 4, BLOCK))
+            assert store.wait_ready(20.0)
+            made = pool_mappings() - before
+            assert len(made) == 2, "the store's mapping and the worker's"
+            assert named_shared_memory() == set(), "the pool has no name anybody could leave behind"
+            assert stat.S_IMODE(store.device_dir.stat().st_mode) == 0o700
+        assert len(made & pool_mappings()) == 1, "a closed client holds no memory, even while it is referenced"
+    assert not made & pool_mappings()
+    assert not store.device_dir.exists()
+
+
+def received_until_bye(store: zmq.Socket) -> list[type]:
+    types = []
+    while request.Bye not in types:
+        assert store.poll(20_000), f"no Bye after {types}"
+        _, frame = store.recv_multipart()
+        types.append(type(request.decode_from_device(frame)))
+    return types
+
+
+def test_nothing_piles_up_while_there_is_no_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(request, "HEARTBEAT_S", 0.002)
+    beats = threading.Semaphore(0)
+    beat = KVTPClient._beat
+    monkeypatch.setattr(KVTPClient, "_beat", lambda *arguments: (beat(*arguments), beats.release()))
+    directory = store_dir(tmp_path, "engine/dp0")
+    ensure_private(directory)
+    with KVTPClient(directory, 0, MODEL, BLOCK) as client, zmq.Context.instance().socket(zmq.ROUTER) as store:
+        client.register(make_kv_caches(MODEL, 4, BLOCK))
+        for _ in range(50):
+            assert beats.acquire(timeout=20.0)
+        monkeypatch.setattr(request, "HEARTBEAT_S", 600.0)
+        store.bind(device_socket(directory))
+        assert store.poll(20_000), "it registers as soon as there is a store, whenever the next heartbeat is"
+        client.close()
+        assert received_until_bye(store) == [request.Register, request.Bye]
+
+
+def test_results_wait_for_a_store_that_comes_back(tmp_path):
+    directory = store_dir(tmp_path, "engine/dp0")
+    ensure_private(directory)
+    with KVTPClient(directory, 0, MODEL, BLOCK) as client, zmq.Context.instance().socket(zmq.ROUTER) as store:
+        client.register(make_kv_caches(MODEL, 4, BLOCK))
+        for op_id in range(3):
+            client._post_result(OpResult(op_id, True))
+        store.bind(device_socket(directory))
+        frames = []
+        while len(frames) < 4:
+            assert store.poll(20_000)
+            frames.append(request.decode_from_device(store.recv_multipart()[1]))
+        assert [frame.op_id for frame in frames[:3]] == [0, 1, 2]
+        assert isinstance(frames[3], request.Register), "a store that does not know us yet ignores what it cannot place"
+
+
+def test_an_endpoint_whose_thread_hangs_keeps_its_sockets(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(device_endpoint, "_CLOSE_TIMEOUT_S", 0.05)
+    entered, leave = threading.Event(), threading.Event()
+
+    class Hanging(DeviceEndpoint):
+        def _step(self) -> None:
+            entered.set()
+            assert leave.wait(20.0)
+            super()._step()
+
+    layout = PoolLayout(4, MODEL.rank_block_bytes(BLOCK), 0)
+    with CpuPool.create(layout) as pool:
+        endpoint = Hanging(MODEL, BLOCK, pool, tmp_path)
+        endpoint.start(lambda result: None)
+        assert entered.wait(20.0)
+        endpoint.close()
+        endpoint.close()
+        assert "did not end" in caplog.text
+        assert not endpoint._socket.closed, "its thread may be using it"
+        leave.set()
+        endpoint._thread.join(20.0)
+        assert endpoint._socket.closed
+        os.close(endpoint._wake)
 
 
 def test_a_worker_of_another_shape_is_refused(store, caplog):
@@ -177,7 +260,6 @@ def end_of_task(client: KVTPClient, task: int) -> str:
 def test_a_killed_store_fails_its_loads_and_the_next_one_serves(tmp_path, monkeypatch):
     monkeypatch.setattr(request, "HEARTBEAT_S", 0.1)
     monkeypatch.setattr(request, "SILENCE_S", 1.5)
-    shared_memory = set(os.listdir("/dev/shm"))
     kv_caches = make_kv_caches(MODEL, 8, BLOCK)
     fill_block(kv_caches, 1, seed=1)
     store = StoreProcess(tmp_path)
@@ -193,7 +275,7 @@ def test_a_killed_store_fails_its_loads_and_the_next_one_serves(tmp_path, monkey
         store.kill()
         client.release([task + 1], 60.0)  # the engine was told to load, and does not know yet
         assert end_of_task(client, task + 1) in ("the store is silent", "there is no store")
-        assert set(os.listdir("/dev/shm")) == shared_memory
+        assert named_shared_memory() == set()
         assert (directory / "device.sock").exists(), "a killed store cannot clean up"
 
         store = StoreProcess(tmp_path)  # of the same key: it takes over the directory

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import secrets
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -36,7 +37,7 @@ class TransferType(enum.Enum):
     """Moves nothing: joins several predecessors into one."""
 
 
-_op_ids = itertools.count(1)
+_op_ids = itertools.count(secrets.randbits(48))  # a device worker may answer the next store about an op of the last
 _graph_ids = itertools.count(1)
 
 

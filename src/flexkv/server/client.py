@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _POOL_TIMEOUT_S = 5.0
 _CLOSE_TIMEOUT_S = 10.0
+_SEND_HWM = 1000
+"""Messages that wait for a store that does not read; results beyond it stay with us, anything else is not sent."""
 
 
 class KVTPClient:
@@ -67,7 +69,7 @@ class KVTPClient:
         self._tasks = DeviceTasks(self._post_result, gated=gated)
         self._ready = threading.Event()
         self._lock = threading.Lock()
-        self._results: deque[OpResult] = deque()  # protected by _lock; bounded by the tasks the store has alive
+        self._results: deque[OpResult] = deque()  # protected by _lock; one per op a store has handed out
         self._closing = False  # protected by _lock
         self._started = False
         # Constant after `register`:
@@ -75,6 +77,8 @@ class KVTPClient:
         self._layout: DeviceLayout
         # Owned by the socket thread once started; `_worker` is set once and then only read by others:
         self._worker: DeviceWorker | None = None
+        self._pool: CpuPool | None = None
+        self._is_blocked = False  # the socket took no message: no store is connected, or it does not read
         self._socket: zmq.Socket[bytes]
         self._refusal = ""
         self._heard = 0.0
@@ -95,8 +99,9 @@ class KVTPClient:
         self._socket.set(zmq.LINGER, 500)
         self._socket.set(zmq.RECONNECT_IVL, 20)  # ms; the store is usually about to come
         self._socket.set(zmq.RECONNECT_IVL_MAX, 1000)
-        self._socket.set(zmq.SNDHWM, 0)  # the tasks the store has alive bound it
-        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.IMMEDIATE, 1)  # no queue without a store: a message it never gets would be out of date
+        self._socket.set(zmq.SNDHWM, _SEND_HWM)
+        self._socket.set(zmq.RCVHWM, 0)  # the store has so many tasks alive, and answers what we sent
         self._socket.connect(device_socket(self._directory))  # the store may bind later
         self._started = True
         self._thread.start()
@@ -181,6 +186,8 @@ class KVTPClient:
         try:
             if self._worker is not None:
                 self._worker.join(_CLOSE_TIMEOUT_S)
+            if self._pool is not None:
+                self._pool.close()
             self._send_results()
             self._send(msg.Bye())  # a promise that nothing is copied any more
         except (TransferError, zmq.ZMQError) as error:
@@ -194,7 +201,7 @@ class KVTPClient:
 
     def _step(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._socket, zmq.POLLIN | (zmq.POLLOUT if self._is_blocked else 0))
         poller.register(self._wake, zmq.POLLIN)
         now = time.monotonic()
         if now >= self._next_beat:
@@ -203,8 +210,12 @@ class KVTPClient:
         events = dict(poller.poll(max(0, int((self._next_beat - now) * 1000))))
         if self._wake in events:
             os.eventfd_read(self._wake)
-        if self._socket in events:
+        if events.get(self._socket, 0) & zmq.POLLIN:
             self._receive()
+        if events.get(self._socket, 0) & zmq.POLLOUT:
+            self._is_blocked = False
+            if not self._ready.is_set():
+                self._next_beat = 0.0  # a store has come: register at once, after the results of what went before
         self._send_results()
 
     def _beat(self, now: float) -> None:
@@ -223,17 +234,27 @@ class KVTPClient:
         self._ready.clear()
         self._tasks.start_over(reason)
 
-    def _send(self, message: msg.FromDevice) -> None:
+    def _send(self, message: msg.FromDevice) -> bool:
+        """Send to the store; False if none is connected, or it does not read."""
         try:
             self._socket.send(msg.encode(message), flags=zmq.DONTWAIT)
-        except zmq.Again:  # no store to send to: it will have to register this rank again
-            logger.debug("message not sent, no store type=%s", type(message).__name__)
+        except zmq.Again:
+            self._is_blocked = True
+            logger.debug("message not sent rank=%d type=%s", self._rank, type(message).__name__)
+            return False
+        return True
 
     def _send_results(self) -> None:
         with self._lock:
             results, self._results = self._results, deque()
-        for result in results:
-            self._send(msg.OpDone(result.op_id, result.ok, result.error, result.is_data_bad))
+        while results:
+            result = results[0]
+            if not self._send(msg.OpDone(result.op_id, result.ok, result.error, result.is_data_bad)):
+                break
+            results.popleft()
+        if results:  # a store that is merely slow waits for them; another does not know their ops
+            with self._lock:
+                self._results.extendleft(reversed(results))
 
     def _receive(self) -> None:
         while True:
@@ -276,6 +297,7 @@ class KVTPClient:
             self._worker.start()
         else:
             self._worker.use(copier)
+        self._pool = pool
         self._refusal = ""
         self._tasks.start_over("another store took over")
         self._ready.set()  # before the store hears of it, and hands out tasks

@@ -29,6 +29,10 @@ from flexkv.transfer.worker import OpResult, ReportResult, ScheduledOp, Transfer
 
 logger = logging.getLogger(__name__)
 
+_RECEIVE_HWM = 1000
+"""Messages of one rank that wait for us; beyond it they wait on the rank's side."""
+_CLOSE_TIMEOUT_S = 10.0
+
 
 @dataclass(slots=True)
 class _Rank:
@@ -68,6 +72,7 @@ class DeviceEndpoint(TransferWorker):
         self._lock = threading.Lock()
         self._outbox: deque[_Command] = deque()  # protected by _lock; bounded by the tasks alive
         self._accepting = True  # protected by _lock
+        self._is_closed = False  # protected by _lock
         self._started = False
         self._all_ready = threading.Event()
         self.fingerprint = ""
@@ -82,8 +87,9 @@ class DeviceEndpoint(TransferWorker):
     def _bind(self) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.set(zmq.LINGER, 500)
-        self._socket.set(zmq.SNDHWM, 0)  # the number of tasks alive bounds it; a full ROUTER would drop silently
-        self._socket.set(zmq.RCVHWM, 0)
+        # A rank gets the ops of the tasks alive, and none when it is silent: what waits for one that hangs is bounded.
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.RCVHWM, _RECEIVE_HWM)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._pool_listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -125,20 +131,25 @@ class DeviceEndpoint(TransferWorker):
         self._send(msg.AbandonTasks([task_id]))
 
     def close(self) -> None:
-        """Tell the ranks, report what they had not finished as failed, and remove the sockets. Idempotent."""
+        """Tell the ranks, report what they had not finished as failed, and remove the sockets. Idempotent.
+
+        A thread that does not end in time is logged and keeps the sockets, which are its own.
+        """
         with self._lock:
-            if self._wake < 0:
+            if self._is_closed:
                 return
+            self._is_closed = True
             self._accepting = False
             self._outbox.append(msg.Closing())
             os.eventfd_write(self._wake, 1)
         if self._started:
-            self._thread.join(10.0)
-        self._all_ready.clear()
-        self._close_sockets()
-        with self._lock:
-            os.close(self._wake)
-            self._wake = -1
+            self._thread.join(_CLOSE_TIMEOUT_S)
+            if self._thread.is_alive():
+                logger.error("the device endpoint did not end within %g s", _CLOSE_TIMEOUT_S)
+                return
+        else:
+            self._close_sockets()
+        os.close(self._wake)
 
     def _send(self, command: _Command) -> bool:
         with self._lock:
@@ -166,6 +177,7 @@ class DeviceEndpoint(TransferWorker):
         self._pending.clear()
         for rank in self._ranks.values():
             _close_fd(rank.pidfd)
+        self._close_sockets()
 
     def _step(self) -> None:
         poller = zmq.Poller()
