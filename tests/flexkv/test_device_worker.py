@@ -105,6 +105,17 @@ def test_another_store_starts_with_a_clean_slate(tasks):
     assert run_next(tasks) == 1
 
 
+def test_a_copy_for_the_store_before_keeps_its_task_number_until_it_ends(tasks, results):
+    tasks.release([10], FAR)
+    tasks.add(job(1, 10))
+    running = tasks.take()
+    tasks.start_over("another store took over")
+    tasks.add(job(2, 10))
+    assert [(result.op_id, result.ok) for result in results] == [(2, False)], "it must not join the task that runs"
+    tasks.finish(running, "")
+    assert tasks.take_ended() == {10: "another store took over"}
+
+
 def test_ungated_ops_run_as_they_come(results):
     tasks = DeviceTasks(results.append, gated=False)
     tasks.add(job(1, 10))

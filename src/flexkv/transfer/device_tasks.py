@@ -138,8 +138,8 @@ class DeviceTasks:
     def start_over(self, reason: str) -> None:
         """Fail every task and forget them: another store, which counts its tasks anew, takes the place of the old."""
         self.fail_all(reason)
-        with self._changed:
-            self._fenced.clear()
+        with self._changed:  # a task whose copy is running stays fenced: its number is taken until that ends
+            self._fenced = OrderedDict((task_id, None) for task_id in self._fenced if task_id in self._tasks)
 
     def close(self) -> None:
         """Fail every task, refuse all later ops and let the copy thread end."""
@@ -153,7 +153,7 @@ class DeviceTasks:
         """Return the next op to run, waiting for one; None once closed."""
         with self._changed:
             while not self._runnable and not self._closed:
-                self._changed.wait()
+                self._changed.wait()  # for work, or for `close`, which the client calls whatever happens to it
             if self._closed:
                 return None
             job = self._runnable.popleft()

@@ -74,12 +74,19 @@ class DeviceWorker:
             raise TransferError(f"a copy is still running after {timeout_s} s")
 
     def _run(self) -> None:
+        try:
+            self._copy_until_closed()
+        except Exception:  # the thread's boundary: nobody copies any more, so every op is refused
+            logger.exception("the device worker failed; every load is a miss from now on")
+            self._tasks.close()
+
+    def _copy_until_closed(self) -> None:
         while (job := self._tasks.take()) is not None:
             begin = time.perf_counter()
             error = ""
             try:
                 self._copy(job)
-            except Exception as failure:  # the thread's boundary: the op failed, the worker goes on
+            except Exception as failure:  # whatever a device says: the op failed, the worker goes on
                 logger.exception("copy failed op_id=%d task_id=%d", job.op_id, job.task_id)
                 error = f"{type(failure).__name__}: {failure}"
             self.stats.count(job, time.perf_counter() - begin, not error)

@@ -162,6 +162,7 @@ class TransferEngine:
         return True
 
     def _receive(self) -> list[_Message]:
+        # Without an op there is nothing to be late for: the next message ends the wait, `close` sends one.
         timeout = max(0.0, self._deadlines[0][0] - time.monotonic()) if self._deadlines else None
         try:
             first = self._inbox.get(timeout=timeout)
