@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from kvblocks.replay import ReplayResult
 from kvrouter.errors import ConfigError, DeadlineExceededError
 from kvrouter.kvblock.base import ApplyResult
 from kvrouter.kvblock.in_memory import InMemoryIndex
@@ -89,6 +90,44 @@ def test_numbers_that_make_no_sense_are_refused(option: str) -> None:
         EventPool(InMemoryIndex(), SlowApplier(), EventCounters(), **{option: 0})
 
 
+def test_restarts_in_a_row_want_one_replay_of_the_latest_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[tuple[str, int]] = []
+    busy, free = threading.Semaphore(0), threading.Event()
+
+    class SlowReplay:
+        def __init__(self, endpoint: str, timeout_s: float) -> None:
+            self.endpoint = endpoint
+
+        def replay(self, start_seq: int) -> ReplayResult:
+            wanted.append((self.endpoint, start_seq))
+            busy.release()
+            assert free.wait(20)
+            return ReplayResult(start_seq, (), True)
+
+    monkeypatch.setattr("kvrouter.kvevents.pool.ReplayClient", SlowReplay)
+    applier = SlowApplier()
+    applier.gate.set()
+    pool = EventPool(InMemoryIndex(), applier, EventCounters(), concurrency=1)
+    pool.start()
+    try:
+        others = [StreamId(f"pod-{i}", "m", f"tcp://{i}") for i in range(4)]
+        for other in others:
+            pool.open(other, "tcp://other")
+            assert busy.acquire(timeout=20)
+        pool.open(STREAM, "tcp://x")
+        for _ in range(50):  # each begins a new generation, with a gap
+            pool.put(STREAM, message(7))
+        pool.reset("nobody")  # all of them are in
+        assert len(pool._wanted) == 1
+        assert pool._replays._work_queue.qsize() == 1
+        free.set()
+        assert busy.acquire(timeout=20)
+        assert wanted[4:] == [("tcp://x", 0)]
+    finally:
+        free.set()
+        pool.close()
+
+
 def test_worker_that_fails_marks_its_pods_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
     class Poisonous:
         def apply(self, pod: str, model: str, payload: bytes) -> ApplyResult:
@@ -106,7 +145,9 @@ def test_worker_that_fails_marks_its_pods_and_the_others_go_on(caplog: pytest.Lo
         pool.put(other, message(0))
         pool.wait_applied(other.pod, 0, 20)
         pool._workers[shard_of("pod-a", 4)].thread.join(20)
-        assert [state.value for state in pool.states("pod-a")] == ["degraded"]
+        assert not pool.put(STREAM, message(1))
+        pool.reset("pod-a")  # returns at once
+        assert [state.value for state in pool.states()["pod-a"]] == ["degraded"]
     finally:
         pool.close()
     assert "kv event worker failed" in caplog.text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +15,10 @@ from kvblocks.publisher import ZmqEventPublisher
 from kvrouter.errors import DeadlineExceededError, EndpointError, UnknownPodError
 from kvrouter.kvblock.in_memory import InMemoryIndex
 from kvrouter.kvblock.token_processor import TokenProcessor
+from kvrouter.kvevents import subscriber_manager
+from kvrouter.kvevents.adapters import EventMessage
 from kvrouter.kvevents.subscriber_manager import PodEndpoint, SubscriberManager
+from kvrouter.kvevents.worker import StreamId
 
 TIMEOUT = 20.0
 POD, MODEL = "pod-a", "m"
@@ -287,6 +292,60 @@ def test_changed_endpoint_replaces_the_old_one(
     subscribe(manager, engine, model=MODEL)
     manager.wait_applied(POD, 0, TIMEOUT)
     assert index.score(KEYS) == {POD: 1.0}
+    assert index.stats().num_records == 1
+
+
+def test_failed_subscriber_clears_its_pods_and_marks_them(
+    manager: SubscriberManager, index: InMemoryIndex, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscribe(manager, engine, model=MODEL)
+    manager.wait_applied(POD, engine.send(block(0)), TIMEOUT)
+    assert index.score(KEYS) == {POD: 1.0}
+
+    def broken(stream: StreamId, message: EventMessage) -> None:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(manager, "_put", broken)
+    engine.send(block(1))
+    for thread in (manager._subscriber._thread, *(worker.thread for worker in manager._pool._workers)):
+        thread.join(TIMEOUT)
+        assert not thread.is_alive()
+    assert index.stats().num_records == 0, "nobody would hear what the pod takes back"
+    assert manager.states() == {POD: "degraded"}
+    assert manager.counters["subscriber_failed"] == 1
+    manager.reset_pod(POD)
+    assert manager.state(POD) == "degraded", "nothing makes it good again"
+    with pytest.raises(EndpointError, match="has failed"):
+        manager.add(PodEndpoint("pod-b", MODEL, "tcp://127.0.0.1:9"))
+    manager.remove(POD)
+    assert manager.counters["workers_failed"] == 4
+
+
+def test_states_are_one_snapshot_while_pods_come_and_go(manager: SubscriberManager) -> None:
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            manager.states()
+
+    with ThreadPoolExecutor(1) as executor:
+        asking = executor.submit(ask)
+        for number in range(50):
+            manager.add(PodEndpoint(f"pod-{number}", MODEL, f"tcp://127.0.0.1:{number + 1}"))
+            manager.remove(f"pod-{number}")
+        done.set()
+        assert asking.exception(TIMEOUT) is None
+
+
+def test_topics_of_one_endpoint_are_limited(
+    manager: SubscriberManager, index: InMemoryIndex, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscriber_manager, "_MAX_STREAMS", 1)
+    subscribe(manager, engine)
+    engine.send(block(0))
+    engine.send_raw(b"kv@pod-a@other", bytes(8), block(0))
+    manager.wait_applied(POD, engine.send(batch()), TIMEOUT)
+    assert manager.counters["too_many_streams"] == 1
     assert index.stats().num_records == 1
 
 

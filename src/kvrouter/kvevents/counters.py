@@ -19,8 +19,9 @@ class EventCounters:
     """Counts by kind; any thread may use it.
 
     Besides `BENIGN`: "malformed_message", the rejections of `ApplyResult.rejected`, "overflows" (messages dropped
-    because a queue was full), "gaps", "generations" (restarts of an engine noticed), "histories_lost", "replays_failed"
-    and "expirations".
+    because a queue was full), "gaps", "generations" (restarts of an engine noticed), "histories_lost",
+    "replays_failed", "expirations", "too_many_streams" (messages of streams beyond the limit), "subscriber_failed" and
+    "workers_failed" (threads that ended for good).
     """
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
     subscriber thread --put()--> queue of worker FNV-1a(pod) % concurrency  (bounded; full: dropped, which is a gap)
     any thread --control--> the same queue                                   (few, never dropped)
     replay threads --result--> the same queue
+    worker --replay wanted--> _wanted (one per stream, the latest) --> replay threads
 
 Everything about a stream belongs to the one worker of its pod, so streams need no locks. Replays run on threads of
 their own, so that an engine that does not answer holds up nobody else's events.
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 
 from kvblocks.errors import KVBlocksError
@@ -38,6 +40,13 @@ def shard_of(pod: str, num_shards: int) -> int:
     for byte in pod.encode():
         digest = (digest ^ byte) * 0x01000193 & 0xFFFFFFFF
     return digest % num_shards
+
+
+@dataclass(frozen=True, slots=True)
+class _WantedReplay:
+    endpoint: str
+    start_seq: int
+    generation: int
 
 
 class EventPool:
@@ -76,6 +85,7 @@ class EventPool:
         self._lock: Final = threading.Lock()
         self._is_started = False  # protected by _lock
         self._is_closed = False  # protected by _lock
+        self._wanted: dict[StreamId, _WantedReplay] = {}  # protected by _lock; those no replay thread has begun
 
     def start(self) -> None:
         """Start the workers; a second call does nothing."""
@@ -102,8 +112,13 @@ class EventPool:
                 if worker.thread.is_alive():
                     logger.error("kv event worker did not end name=%s", worker.thread.name)
 
+    def fail(self) -> None:
+        """Nothing will be heard any more: end the workers, clear their pods and leave their streams degraded."""
+        for worker in self._workers:
+            worker.fail()
+
     def put(self, stream: StreamId, message: EventMessage) -> bool:
-        """Queue a live message; False if there was no room, which the worker will treat as a gap."""
+        """Queue a live message; False if there was no room, which the worker will treat as a gap, or it has failed."""
         return self._worker(stream.pod).put(Live(stream, message))
 
     def open(self, stream: StreamId, replay_endpoint: str | None) -> None:
@@ -134,13 +149,13 @@ class EventPool:
             self.reset(pod)
         return sorted(silent)
 
-    def states(self, pod: str) -> list[StreamState]:
-        """Return the states of the pod's streams."""
-        return [stream.recovery.state for stream in self._worker(pod).streams_of(pod)]
-
-    def pods(self) -> set[str]:
-        """Return the pods that have streams."""
-        return {stream.id.pod for worker in self._workers for stream in worker.all_streams()}
+    def states(self) -> dict[str, list[StreamState]]:
+        """Return the states of the streams of every pod that has one."""
+        states: dict[str, list[StreamState]] = {}
+        for worker in self._workers:
+            for stream in worker.all_streams():
+                states.setdefault(stream.id.pod, []).append(stream.recovery.state)
+        return states
 
     def wait_applied(self, pod: str, seq: int, timeout: float) -> None:
         """Wait until every stream of the pod has entered message `seq` and is not recovering.
@@ -159,35 +174,45 @@ class EventPool:
                 worker.progress.wait(min(remaining, WAKE_S))
 
     def _start_replay(self, stream: StreamId, endpoint: str, start_seq: int, generation: int) -> None:
-        def run() -> None:
-            result = self._replay(stream, endpoint, start_seq, generation)
-            self._worker(stream.pod).put_always(result)
-
+        with self._lock:
+            is_queued = stream in self._wanted  # then an earlier generation wants it, and will not need it any more
+            self._wanted[stream] = _WantedReplay(endpoint, start_seq, generation)
+        if is_queued:
+            return
         try:
-            self._replays.submit(run)
+            self._replays.submit(self._replay_next, stream)
         except RuntimeError:  # shutting down
             logger.debug("kv replay not started: pool is closed pod=%s", stream.pod)
 
-    def _replay(self, stream: StreamId, endpoint: str, start_seq: int, generation: int) -> Replayed:
+    def _replay_next(self, stream: StreamId) -> None:
+        with self._lock:
+            wanted = self._wanted.pop(stream)
+        self._worker(stream.pod).put_always(self._replay(stream, wanted))
+
+    def _replay(self, stream: StreamId, wanted: _WantedReplay) -> Replayed:
         try:
-            result = ReplayClient(endpoint, self.replay_timeout_s).replay(start_seq)
+            result = ReplayClient(wanted.endpoint, self.replay_timeout_s).replay(wanted.start_seq)
         except KVBlocksError as error:
-            logger.warning("kv replay failed pod=%s endpoint=%s: %s", stream.pod, endpoint, error)
-            return Replayed(stream, generation, None, complete=False)
+            logger.warning("kv replay failed pod=%s endpoint=%s: %s", stream.pod, wanted.endpoint, error)
+            return Replayed(stream, wanted.generation, None, complete=False)
         except Exception:  # thread boundary
-            logger.exception("kv replay failed pod=%s endpoint=%s", stream.pod, endpoint)
-            return Replayed(stream, generation, None, complete=False)
+            logger.exception("kv replay failed pod=%s endpoint=%s", stream.pod, wanted.endpoint)
+            return Replayed(stream, wanted.generation, None, complete=False)
         messages = tuple(EventMessage(frame.topic, frame.seq, frame.payload) for frame in result.frames)
-        return Replayed(stream, generation, messages, result.complete)
+        return Replayed(stream, wanted.generation, messages, result.complete)
 
     def _worker(self, pod: str) -> Worker:
         return self._workers[shard_of(pod, len(self._workers))]
 
     def _run(self, pod: str, action: Callable[[Worker], None]) -> None:
-        """Run an action on the pod's worker, after all that is queued; wait for it."""
+        """Run an action on the pod's worker, after all that is queued; wait for it.
+
+        A worker that has failed runs nothing: its pods are cleared already, and stay degraded.
+        """
         worker = self._worker(pod)
         done = threading.Event()
-        worker.put_always(Control(action, done))
+        if not worker.put_always(Control(action, done)):
+            return
         with self._lock:
             is_running = self._is_started and not self._is_closed
         if not is_running:

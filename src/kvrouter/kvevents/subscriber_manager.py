@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final, Literal, Self, TypeAlias
 
@@ -25,7 +25,11 @@ logger = logging.getLogger(__name__)
 
 PodState: TypeAlias = Literal["live", "recovering", "degraded"]
 """How far the index can be trusted about a pod: all it knows is true in any state, but in the last two, and for a pod
-that came late and has no replay endpoint, the pod may hold more."""
+that came late and has no replay endpoint, the pod may hold more. When a thread of the event path fails, its pods are
+cleared and degraded for good."""
+
+_MAX_STREAMS: Final = 4096
+"""Streams one endpoint may open by its topics; messages of further ones are counted and dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class SubscriberManager:
             queue_size=queue_size,
             replay_timeout_s=replay_timeout_s,
         )
-        self._subscriber: Final = ZmqSubscriber()
+        self._subscriber: Final = ZmqSubscriber(self._on_subscriber_failed)
         self._lock: Final = threading.RLock()
         self._endpoints: dict[str, dict[str, PodEndpoint]] = {}  # pod -> events endpoint; protected by _lock
 
@@ -144,6 +148,9 @@ class SubscriberManager:
                 return
             stream = StreamId(*parse_topic(message.topic), source=address)
             if stream not in opened:
+                if len(opened) >= _MAX_STREAMS:
+                    self.counters.add("too_many_streams", pod=stream.pod)
+                    return
                 opened.add(stream)
                 self._pool.open_later(stream, None)
             self._put(stream, message)
@@ -187,17 +194,23 @@ class SubscriberManager:
         Raises:
             UnknownPodError: no such pod.
         """
-        if pod not in self.pods():
+        states = self.states()
+        if pod not in states:
             raise UnknownPodError(pod)
-        states = self._pool.states(pod)
-        if StreamState.DEGRADED in states or StreamState.DEGRADED_RECOVERING in states:
-            return "degraded"
-        return "recovering" if StreamState.RECOVERING in states else "live"
+        return states[pod]
+
+    def states(self) -> dict[str, PodState]:
+        """Return the states of all pods, those that announced themselves included, in the order of their names."""
+        with self._lock:
+            of_streams = self._pool.states()
+            pods = sorted(set(self._endpoints) | set(of_streams))
+        if self._subscriber.is_failed:
+            return dict.fromkeys(pods, "degraded")
+        return {pod: _worst(of_streams.get(pod, ())) for pod in pods}
 
     def pods(self) -> list[str]:
         """Return the names of the pods listened to, those that announced themselves included."""
-        with self._lock:
-            return sorted(set(self._endpoints) | self._pool.pods())
+        return list(self.states())
 
     def wait_applied(self, pod: str, seq: int, timeout: float) -> None:
         """Wait until message `seq` of every stream of a pod is in the index.
@@ -217,6 +230,9 @@ class SubscriberManager:
                 return
             stream = streams.get(message.topic)
             if stream is None:
+                if len(streams) >= _MAX_STREAMS:
+                    self.counters.add("too_many_streams", pod=endpoint.pod)
+                    return
                 model = endpoint.model if endpoint.model is not None else parse_topic(message.topic)[1]
                 stream = streams[message.topic] = StreamId(endpoint.pod, model, endpoint.events_endpoint)
                 with self._lock:
@@ -227,6 +243,16 @@ class SubscriberManager:
 
         return receive
 
+    def _on_subscriber_failed(self) -> None:
+        self.counters.add("subscriber_failed")
+        self._pool.fail()
+
     def _put(self, stream: StreamId, message: EventMessage) -> None:
         if not self._pool.put(stream, message):
             self.counters.add("overflows", pod=stream.pod)
+
+
+def _worst(states: Collection[StreamState]) -> PodState:
+    if StreamState.DEGRADED in states or StreamState.DEGRADED_RECOVERING in states:
+        return "degraded"
+    return "recovering" if StreamState.RECOVERING in states else "live"

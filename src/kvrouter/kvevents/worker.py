@@ -5,6 +5,7 @@ Everything about a stream belongs to the thread, so streams need no locks; other
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -108,14 +109,18 @@ class Worker:
         self._queue: deque[Item] = deque()
         self._overflowed: set[StreamId] = set()
         self._is_stopped = False
+        self._is_failed = False
         # Written by the thread alone; readers see one attribute at a time:
         self._streams: dict[StreamId, Stream] = {}
+        self._incarnations: Final = itertools.count()
 
     # Called from other threads.
 
     def put(self, item: Live) -> bool:
         """Queue a live message; False if there was no room, which counts as a gap of its stream."""
         with self._wake:
+            if self._is_failed:
+                return False
             if len(self._queue) >= self._queue_size:
                 self._overflowed.add(item.stream)
                 return False
@@ -124,16 +129,33 @@ class Worker:
                 self._wake.notify()
             return True
 
-    def put_always(self, item: Replayed | Control) -> None:
-        """Queue what must not be lost."""
+    def put_always(self, item: Replayed | Control) -> bool:
+        """Queue what must not be lost; False once the worker has failed, when its pods have no blocks anyway.
+
+        The callers bound it: a stream has one replay that waits and few that run (`EventPool`), a pod's changes are
+        made one after another and wait for their control, and a source opens a limited number of streams.
+        """
         with self._wake:
+            if self._is_failed:
+                return False
             self._queue.append(item)
             self._wake.notify()
+            return True
 
     def stop(self) -> None:
         """Let the thread end, dropping what is queued."""
         with self._wake:
             self._is_stopped = True
+            self._wake.notify()
+
+    def fail(self) -> None:
+        """Let the thread end as failed: nothing of its pods will be heard any more, so it forgets their blocks."""
+        with self._wake:
+            self._is_stopped = self._is_failed = True
+            for item in self._queue:
+                if isinstance(item, Control):
+                    item.done.set()
+            self._queue.clear()
             self._wake.notify()
 
     def all_streams(self) -> list[Stream]:
@@ -195,9 +217,13 @@ class Worker:
                     self.progress.notify_all()
         except Exception:  # thread boundary: what these pods hold is no longer known
             logger.exception("kv event worker failed name=%s", self.thread.name)
+            self.fail()
+        if self._is_failed:  # set for good
+            self._counters.add("workers_failed")
             for stream in self.all_streams():
                 stream.recovery.state = StreamState.DEGRADED
-                self._index.clear(stream.id.pod)
+            for pod in {stream.id.pod for stream in self.all_streams()}:
+                self._index.clear(pod)
 
     def _take(self) -> tuple[deque[Item], set[StreamId]] | None:
         with self._wake:
@@ -313,6 +339,8 @@ class Worker:
         )
 
     def _add_stream(self, stream_id: StreamId, replay_endpoint: str | None) -> Stream:
-        stream = Stream(stream_id, replay_endpoint, last_heard=time.monotonic())
+        # A pod removed and added again must not take the replay of its earlier stream for its own.
+        recovery = StreamRecovery(generation=next(self._incarnations) << 32)
+        stream = Stream(stream_id, replay_endpoint, recovery, last_heard=time.monotonic())
         self._streams = {**self._streams, stream_id: stream}
         return stream

@@ -34,17 +34,20 @@ OnMessage: TypeAlias = "Callable[[EventMessage | None], None]"
 class ZmqSubscriber:
     """Reads any number of endpoints; `add` and `remove` may be called from any thread, before or after `start`."""
 
-    def __init__(self) -> None:
-        """Make a subscriber without endpoints."""
+    def __init__(self, on_failure: Callable[[], None] = lambda: None) -> None:
+        """Make a subscriber without endpoints; its thread calls `on_failure` if it can read no more, and ends."""
+        self._on_failure: Final = on_failure
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
         self._thread: Final = threading.Thread(target=self._run, name="kv-event-subscriber", daemon=True)
         self._lock: Final = threading.Lock()
         # Protected by _lock:
+        # One entry per call of `add` or `remove`, which are few; the thread never blocks and takes all at once.
         self._changes: list[tuple[str, tuple[zmq.Socket[bytes], OnMessage] | None]] = []  # None: remove
         self._is_started = False
         self._is_closed = False
+        self._is_failed = False
         # Owned by the thread:
         self._sockets: dict[str, tuple[zmq.Socket[bytes], OnMessage]] = {}
 
@@ -54,6 +57,12 @@ class ZmqSubscriber:
             if not self._is_started and not self._is_closed:
                 self._is_started = True
                 self._thread.start()
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether its thread has ended on an error: nothing is read any more."""
+        with self._lock:
+            return self._is_failed
 
     def close(self) -> None:
         """Stop reading and close all sockets; a second call does nothing."""
@@ -78,7 +87,7 @@ class ZmqSubscriber:
         """Subscribe to an endpoint; returns its address, when bound with the port that was really taken.
 
         Raises:
-            EndpointError: no address, or it cannot be bound, or the subscriber is closed.
+            EndpointError: no address, or it cannot be bound, or the subscriber is closed or has failed.
         """
         sub: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
         try:
@@ -97,9 +106,10 @@ class ZmqSubscriber:
             raise EndpointError(f"cannot {verb} the event endpoint {endpoint!r}: {error}") from error
         address = sub.getsockopt_string(zmq.LAST_ENDPOINT) if bind else endpoint
         with self._lock:
-            if self._is_closed:
+            if self._is_closed or self._is_failed:
                 sub.close(linger=0)
-                raise EndpointError(f"cannot subscribe to {endpoint!r}: the subscriber is closed")
+                why = "is closed" if self._is_closed else "has failed"
+                raise EndpointError(f"cannot subscribe to {endpoint!r}: the subscriber {why}")
             # The lock hands the socket over to the thread; nobody else touches it from here on.
             self._changes.append((address, (sub, on_message)))
         self._wake()
@@ -108,6 +118,8 @@ class ZmqSubscriber:
     def remove(self, address: str) -> None:
         """Stop reading an address that `add` returned; messages taken already may still be delivered."""
         with self._lock:
+            if self._is_failed:
+                return
             self._changes.append((address, None))
         self._wake()
 
@@ -120,12 +132,15 @@ class ZmqSubscriber:
         poller.register(self._wake_receiver, zmq.POLLIN)
         try:
             while self._update(poller):
-                ready = dict(poller.poll())
+                ready = dict(poller.poll())  # for a message, or for `add`, `remove` or `close`, which wake it
                 for sub, on_message in list(self._sockets.values()):
                     if sub in ready:
                         _drain(sub, on_message)
-        except Exception:  # thread boundary
-            logger.exception("kv event subscriber failed")
+        except Exception:  # thread boundary: what the pods do from now on is not known
+            logger.exception("kv event subscriber failed; the index knows nothing of its pods from now on")
+            with self._lock:
+                self._is_failed = True
+            self._on_failure()
         finally:
             for sub, _ in self._sockets.values():
                 sub.close(linger=0)
