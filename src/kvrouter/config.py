@@ -127,6 +127,8 @@ class ProxyConfig:
 
     policy: Annotated[str, Allow(choices=POLICY_NAMES)] = "kv_aware"
     max_body_bytes: Annotated[int, Allow(at_least=1024)] = 32 * 1024 * 1024
+    max_in_flight: Annotated[int, Allow(at_least=1)] = 4096
+    """Requests in hand at once, their bodies in memory; further ones get 503 before their body is read."""
     max_attempts: Annotated[int, Allow(at_least=1)] = 3
     """Pods tried for one request while nothing of an answer has reached the client."""
     connect_timeout: PositiveSeconds = 2.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import aiohttp
@@ -93,6 +94,31 @@ async def test_no_healthy_pod_is_503(start_proxy: StartProxy) -> None:
         async with proxy.client.get(proxy.url + "/health") as response:
             assert response.status == 503
             assert (await response.json())["pods"] == {"a": "down"}
+
+
+async def test_more_requests_than_allowed_are_503_until_one_ends(start_proxy: StartProxy) -> None:
+    streaming = b'{"model": "m", "prompt": "a", "stream": true, "fake": {"hang_after": 1}}'
+    async with FakePod("a").serve() as pod, start_proxy(PodConfig("a", pod.url), max_in_flight=1) as proxy:
+        first = await send(proxy, streaming)
+        assert first.status == 200
+        async with await send(proxy, streaming) as response:
+            assert response.status == 503
+            assert (await error_of(response))["code"] == "overloaded"
+            assert response.headers["Retry-After"] == "1"
+        async with proxy.client.get(proxy.url + "/health") as response:
+            assert response.status == 200, "the router is busy, not ill"
+        async with proxy.client.get(proxy.url + "/metrics") as response:
+            text = await response.text()
+        assert "kvrouter_proxy_overloads_total 1.0" in text
+        assert 'kvrouter_pod_running_requests{phase="decode",pod="a"} 1.0' in text
+        first.close()
+        async with asyncio.timeout(20):
+            await pod.cancelled.wait()
+            status = 503
+            while status == 503:  # the place is given back when the handler has ended
+                async with await send(proxy, b'{"model": "m", "prompt": "a"}') as response:
+                    status = response.status
+            assert status == 200
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])

@@ -5,10 +5,11 @@ Every error is an OpenAI error object: {"error": {"message", "type", "param", "c
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Final
 
 import msgspec
 from aiohttp import web
@@ -26,20 +27,52 @@ logger = logging.getLogger(__name__)
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+_MAX_SCRAPES: Final = 16
+"""Requests for /metrics in hand at once; each waits for a thread."""
+
+
+class _Places:
+    """A number of requests that may be in hand at once; on the event loop's thread."""
+
+    def __init__(self, limit: int, on_refused: Callable[[], None] = lambda: None) -> None:
+        self._limit = limit
+        self._num_taken = 0
+        self._on_refused = on_refused
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        """Hold a place.
+
+        Raises:
+            RequestError: all are taken; status 503.
+        """
+        if self._num_taken >= self._limit:
+            self._on_refused()
+            message = f"{self._limit} requests are in hand already; try again later"
+            raise RequestError(503, message, kind="server_error", code="overloaded")
+        self._num_taken += 1
+        try:
+            yield
+        finally:
+            self._num_taken -= 1
+
 
 def make_app(
     registry: PodRegistry, router: Router, forwarder: Forwarder, config: ProxyConfig, metrics: ProxyMetrics
 ) -> web.Application:
     """Return the aiohttp application; what it uses stays the caller's."""
+    places = _Places(config.max_in_flight, metrics.overloads.inc)
+    scrapes = _Places(_MAX_SCRAPES)
 
     async def complete(request: web.Request) -> web.StreamResponse:
         start = time.perf_counter()
         if (request.content_length or 0) > config.max_body_bytes:
             raise _too_large(config.max_body_bytes)
-        data = await request.read()
-        body = decode_body(request.path, data)
-        prompt = await router.prepare(body, router.resolve_model(body.model), len(data))
-        return await forwarder.forward(request, data, prompt, start)
+        with places.take():
+            data = await request.read()
+            body = decode_body(request.path, data)
+            prompt = await router.prepare(body, router.resolve_model(body.model), len(data))
+            return await forwarder.forward(request, data, prompt, start)
 
     async def models(request: web.Request) -> web.Response:
         return _json(encode_models(registry.models()))
@@ -51,7 +84,8 @@ def make_app(
         return _json(msgspec.json.encode(document), 200 if is_ok else 503)
 
     async def render_metrics(request: web.Request) -> web.Response:
-        text = await asyncio.to_thread(metrics.render)
+        with scrapes.take():
+            text = await metrics.render()
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     app = web.Application(middlewares=[_openai_errors(config)], client_max_size=config.max_body_bytes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -21,6 +23,7 @@ class ProxyMetrics:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         """Register the metrics; None makes a new registry."""
         self.registry: Final = registry or CollectorRegistry()
+        self._pods: _PodCollector | None = None
         self.requests = Counter(
             "kvrouter_proxy_requests",
             "Requests answered, by pod and status.",
@@ -43,6 +46,11 @@ class ProxyMetrics:
             "kvrouter_proxy_broken_streams",
             "Answers a pod broke off after their first byte.",
             ["pod"],
+            registry=self.registry,
+        )
+        self.overloads = Counter(
+            "kvrouter_proxy_overloads",
+            "Requests refused because as many as allowed were in hand.",
             registry=self.registry,
         )
         self.disconnects = Counter(
@@ -79,16 +87,37 @@ class ProxyMetrics:
 
     def watch(self, pods: Iterable[Pod]) -> None:
         """Also report the state and the load of these pods."""
-        self.registry.register(_PodCollector(list(pods)))
+        self._pods = _PodCollector(list(pods))
+        self.registry.register(self._pods)
 
-    def render(self) -> bytes:
-        """The metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+    async def render(self) -> bytes:
+        """The metrics in Prometheus' text format; called on the loop that owns the pods, formatted on a thread."""
+        if self._pods is not None:
+            self._pods.read()
+        return await asyncio.to_thread(generate_latest, self.registry)
+
+
+@dataclass(frozen=True, slots=True)
+class _PodLoad:
+    name: str
+    is_up: bool
+    queued_prefill_tokens: int
+    num_prefills: int
+    num_decodes: int
 
 
 class _PodCollector(Collector):
     def __init__(self, pods: list[Pod]) -> None:
         self._pods = pods
+        self._loads: tuple[_PodLoad, ...] = ()  # replaced as a whole, so that another thread may read it
+        self.read()
+
+    def read(self) -> None:
+        """Note how the pods are now; on their owner's thread."""
+        self._loads = tuple(
+            _PodLoad(pod.name, pod.state is PodState.UP, pod.queued_prefill_tokens, pod.num_prefills, pod.num_decodes)
+            for pod in self._pods
+        )
 
     def collect(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("kvrouter_pod_up", "1 if the pod takes requests.", labels=["pod"])
@@ -96,8 +125,8 @@ class _PodCollector(Collector):
             "kvrouter_pod_queued_prefill_tokens", "Prompt tokens the pod has yet to compute.", labels=["pod"]
         )
         running = GaugeMetricFamily("kvrouter_pod_running_requests", "Requests by phase.", labels=["pod", "phase"])
-        for pod in self._pods:
-            up.add_metric([pod.name], float(pod.state is PodState.UP))
+        for pod in self._loads:
+            up.add_metric([pod.name], float(pod.is_up))
             queued.add_metric([pod.name], pod.queued_prefill_tokens)
             running.add_metric([pod.name, "prefill"], pod.num_prefills)
             running.add_metric([pod.name, "decode"], pod.num_decodes)

@@ -17,6 +17,7 @@ import errno
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -71,11 +72,14 @@ class ProxyServer:
         self.metrics: Final = ProxyMetrics()
         self.metrics.watch(self.registry.pods)
         EventPathCollector(
-            self.metrics.registry, self.subscribers.counters.snapshot, self._event_states, self._index_gauges
+            self.metrics.registry, self.subscribers.counters.snapshot, self.subscribers.states, self._index_gauges
         )
         policy = make_policy(config.proxy_config)
         self.router: Final = Router(indexer, self.registry, policy, config.proxy_config, self.metrics)
+        # Its queue holds a job per model learnt and one reset per pod.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="kvrouter-subscriptions")
+        self._lock = threading.Lock()
+        self._resets_due: set[str] = set()  # pods whose reset has not begun; protected by _lock
         self._session: aiohttp.ClientSession | None = None
         self._health: HealthMonitor | None = None
         self._runner: web.AppRunner | None = None
@@ -126,6 +130,7 @@ class ProxyServer:
         if self._session is not None:
             await self._session.close()
         loop = asyncio.get_running_loop()
+        # The job in hand ends by the deadline of the event worker it may wait for; the others are dropped.
         await loop.run_in_executor(None, lambda: self._background.shutdown(cancel_futures=True))
         await loop.run_in_executor(None, self.subscribers.close)
         self._listener.close()
@@ -148,17 +153,21 @@ class ProxyServer:
 
     def _on_lost(self, name: str) -> None:
         self.router.forget(name)
-        if self.registry[name].config.events_endpoint is not None:
-            self._run_in_background(name, lambda: self._reset(name))
-
-    def _event_states(self) -> dict[str, str]:
-        return {name: self.subscribers.state(name) for name in self.subscribers.pods()}
+        if self.registry[name].config.events_endpoint is None:
+            return
+        with self._lock:
+            if name in self._resets_due:
+                return
+            self._resets_due.add(name)
+        self._run_in_background(name, lambda: self._reset(name))
 
     def _index_gauges(self) -> dict[str, int]:
         index = self.indexer.index
         return dataclasses.asdict(index.stats()) if isinstance(index, InMemoryIndex) else {}
 
     def _reset(self, name: str) -> None:
+        with self._lock:
+            self._resets_due.discard(name)
         if name in self.subscribers.pods():  # it may not have been listened to yet
             self.subscribers.reset_pod(name)
 
@@ -233,4 +242,4 @@ async def _serve(server: ProxyServer, host: str, on_ready: Callable[[int], None]
         logger.info("event=listening host=%s port=%d", host, server.port)
         if on_ready is not None:
             on_ready(server.port)
-        await stop.wait()
+        await stop.wait()  # for as long as nobody ends the router
