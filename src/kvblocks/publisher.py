@@ -317,7 +317,7 @@ class ZmqEventPublisher:
         if replay is not None:
             poller.register(replay, zmq.POLLIN)
         while True:
-            ready = dict(poller.poll())
+            ready = dict(poller.poll())  # for a batch or a replay request; `close` wakes it too
             batches, closed = self._outbox.take_all()
             deadline = time.monotonic() + _CLOSE_TIMEOUT_S if closed else None
             while batches and (deadline is None or time.monotonic() < deadline):

@@ -10,6 +10,7 @@ not begun any more. `close` ends the threads after the job each of them has in h
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from kvrouter.errors import DeadlineExceededError, PoolClosedError, PoolOverloadError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _Job = tuple["Future[Any]", Callable[[], Any]]
@@ -80,7 +83,7 @@ class TokenizationPool:
             if self._closed:
                 return
             self._closed = True
-            while True:  # make room, so that the wake-ups below never block
+            while True:
                 try:
                     job = self._jobs.get_nowait()
                 except queue.Empty:
@@ -88,9 +91,11 @@ class TokenizationPool:
                 if job is not None:
                     job[0].cancel()
         for _ in self._threads:
-            self._jobs.put(None)
+            self._jobs.put_nowait(None)  # there is room: the queue is empty, takes nothing more, and fits them all
         for thread in self._threads:
             thread.join(self._timeout_s)
+            if thread.is_alive():
+                logger.error("tokenization thread did not end name=%s", thread.name)
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +120,7 @@ class TokenizationPool:
         return DeadlineExceededError(f"no token ids within {self._timeout_s:g} s")
 
     def _work(self) -> None:
-        while (item := self._jobs.get()) is not None:
+        while (item := self._jobs.get()) is not None:  # waits for a job, or for `close`
             future, job = item
             if not future.set_running_or_notify_cancel():
                 continue
