@@ -141,12 +141,12 @@ def create_connector(config: "EngineConfig", role: KVConnectorRole) -> KVConnect
     module_path = config.kv_transfer_config.kv_connector_module_path
     dotted = f"{module_path}.{name}" if module_path else KNOWN_CONNECTORS.get(name, name)
     module_name, _, class_name = dotted.rpartition(".")
+    allowed = f"give one of {', '.join(KNOWN_CONNECTORS)}, or a dotted class name"
+    if not module_name:
+        raise ConfigError(f"kv_connector={name!r} is not known; {allowed}")
     try:
         connector_class = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        known = ", ".join(KNOWN_CONNECTORS)
-        raise ConfigError(
-            f"kv_connector={name!r} cannot be loaded ({error}); give one of {known} or a dotted class name"
-        ) from error
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"kv_connector={name!r} cannot be loaded ({error}); {allowed}") from error
     connector: KVConnector = connector_class(config, role)
     return connector
