@@ -134,6 +134,8 @@ class ProxyConfig:
     connect_timeout: PositiveSeconds = 2.0
     idle_timeout: PositiveSeconds = 300.0
     """Longest silence of a pod, before its first byte or between two."""
+    client_timeout: PositiveSeconds = 60.0
+    """Longest a client may take to send its body, or to make room for the next part of its answer."""
     keepalive_timeout: PositiveSeconds = 4.0
     """How long an idle connection to a pod is kept; shorter than pods keep theirs (uvicorn: 5 s)."""
     health_interval: PositiveSeconds = 2.0

@@ -1,9 +1,11 @@
 """A stand-in for an engine: an OpenAI server that answers as each request's `fake` field asks.
 
-    fake: {"chunks": 3, "status": 200, "hang_after": null, "hang": false, "abort": false, "tear": false, "split": false}
+    fake: {"chunks": 3, "status": 200, "hang_after": null, "hang": false, "abort": false, "tear": false, "split": false,
+           "padding": 0}
 
 `hang_after` n: silent for ever after n chunks; `hang`: silent before the first byte; `abort`: closes the connection
-without an answer; `tear`: half an event after `hang_after` chunks, then silence; `split`: an event in two writes.
+without an answer; `tear`: half an event after `hang_after` chunks, then silence; `split`: an event in two writes;
+`padding`: bytes that make every chunk so much longer.
 Run as a program it is a process of its own that prints its port.
 """
 
@@ -111,7 +113,8 @@ class FakePod:
         return response
 
     def _words(self, fake: dict[str, Any]) -> list[str]:
-        return [f"{self.name}-{number}" for number in range(fake.get("chunks", 3))]
+        padding = "x" * fake.get("padding", 0)
+        return [f"{self.name}-{number}{padding}" for number in range(fake.get("chunks", 3))]
 
     def event(self, word: str, is_chat: bool) -> bytes:
         choice = {"delta": {"content": word, "role": "assistant"}} if is_chat else {"text": word}

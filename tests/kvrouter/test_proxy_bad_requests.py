@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 
 import aiohttp
 import pytest
@@ -118,6 +119,34 @@ async def test_more_requests_than_allowed_are_503_until_one_ends(start_proxy: St
             while status == 503:  # the place is given back when the handler has ended
                 async with await send(proxy, b'{"model": "m", "prompt": "a"}') as response:
                     status = response.status
+            assert status == 200
+
+
+async def test_body_that_does_not_come_is_408(start_proxy: StartProxy) -> None:
+    async with start_proxy(POD, client_timeout=0.05) as proxy:
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.server.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        async with asyncio.timeout(20):
+            head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_client_that_does_not_read_loses_its_place(start_proxy: StartProxy, is_stream: bool) -> None:
+    fake = {"chunks": 64, "padding": 1 << 20}  # more than the sockets in between hold
+    body = json.dumps({"model": "m", "prompt": "a", "stream": is_stream, "fake": fake}).encode()
+    options = {"client_timeout": 0.2, "max_in_flight": 1}
+    async with FakePod("a").serve() as pod, start_proxy(PodConfig("a", pod.url), **options) as proxy:
+        with socket.create_connection(("127.0.0.1", proxy.server.port)) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            await asyncio.wait_for(pod.running.wait(), 20)
+            status = 503
+            async with asyncio.timeout(20):
+                while status == 503:
+                    async with await send(proxy, b'{"model": "m", "prompt": "a"}') as response:
+                        status = response.status
             assert status == 200
 
 

@@ -127,3 +127,18 @@ async def test_answer_in_one_piece_is_fetched_from_another_pod_when_its_pod_is_k
             for _ in range(4):
                 async with proxy.client.post(proxy.url + URL, json=body({})) as response:
                     assert response.headers["x-kvstrata-pod"] == "b"
+
+
+async def test_health_check_that_fails_itself_counts_as_late_and_goes_on(
+    start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(pod: Pod) -> None:
+        raise ValueError("bug")
+
+    with pod_process("a") as pod:
+        async with start_proxy(config_of(pod), health_interval=0.01) as proxy:
+            with monkeypatch.context() as patch:
+                patch.setattr(proxy.server._health, "_check", broken)
+                await until(proxy, lambda pod: pod.state is PodState.DOWN)
+            await until(proxy, lambda pod: pod.state is PodState.UP)
+    assert "health_check_failed" in caplog.text

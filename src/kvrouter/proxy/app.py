@@ -5,6 +5,7 @@ Every error is an OpenAI error object: {"error": {"message", "type", "param", "c
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -17,7 +18,7 @@ from aiohttp.typedefs import Middleware
 
 from kvrouter.config import ProxyConfig
 from kvrouter.errors import RequestError
-from kvrouter.proxy.forwarding import Forwarder
+from kvrouter.proxy.forwarding import Forwarder, client_deadline
 from kvrouter.proxy.metrics import ProxyMetrics
 from kvrouter.proxy.pods import PodRegistry, PodState
 from kvrouter.proxy.protocol import COMPLETION_PATHS, decode_body, encode_error, encode_models
@@ -69,10 +70,16 @@ def make_app(
         if (request.content_length or 0) > config.max_body_bytes:
             raise _too_large(config.max_body_bytes)
         with places.take():
-            data = await request.read()
+            data = await _read_body(request, config.client_timeout)
             body = decode_body(request.path, data)
             prompt = await router.prepare(body, router.resolve_model(body.model), len(data))
-            return await forwarder.forward(request, data, prompt, start)
+            response = await forwarder.forward(request, data, prompt, start)
+            if not response.prepared:  # sent here, so that it keeps its place until the client has it
+                with contextlib.suppress(ConnectionError):  # the client is gone
+                    async with client_deadline(request, config.client_timeout):
+                        await response.prepare(request)
+                        await response.write_eof()
+            return response
 
     async def models(request: web.Request) -> web.Response:
         return _json(encode_models(registry.models()))
@@ -119,6 +126,14 @@ def _openai_errors(config: ProxyConfig) -> Middleware:
             return _error(RequestError(500, "internal error of the router; its log tells more", kind="server_error"))
 
     return middleware
+
+
+async def _read_body(request: web.Request, timeout_s: float) -> bytes:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await request.read()
+    except TimeoutError as error:
+        raise RequestError(408, f"the body did not come within {timeout_s:g} s", code="body_too_slow") from error
 
 
 def _too_large(max_body_bytes: int) -> RequestError:

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import AsyncIterator
 from typing import Final
 
 import aiohttp
@@ -82,6 +83,7 @@ class Forwarder:
         self._timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=config.connect_timeout, sock_read=config.idle_timeout
         )
+        self._client_timeout_s = config.client_timeout
         self._metrics = metrics
 
     async def forward(
@@ -224,20 +226,25 @@ class Forwarder:
             await response.prepare(request)
             while chunk:
                 if ready:
-                    await response.write(ready)
+                    await self._write(request, response, ready)
                 try:
                     chunk = await read()
                 except (aiohttp.ClientError, OSError) as error:
-                    await response.write(encode_error_event(self._broken(choice, error)))
+                    await self._write(request, response, encode_error_event(self._broken(choice, error)))
                     break
                 ready = events.feed(chunk)
             else:
                 if tail := ready + events.rest():
-                    await response.write(tail)
-            await response.write_eof()
+                    await self._write(request, response, tail)
+            async with client_deadline(request, self._client_timeout_s):
+                await response.write_eof()
         except (aiohttp.ClientConnectionResetError, ConnectionResetError):
             self._metrics.disconnects.inc()
         return response
+
+    async def _write(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+        async with client_deadline(request, self._client_timeout_s):
+            await response.write(data)
 
     def _lost(self, choice: Choice, error: Exception) -> _AttemptFailedError | RequestError:
         """The pod went silent, or the connection away, before the first byte of an answer."""
@@ -263,6 +270,23 @@ class Forwarder:
         metrics.first_byte_seconds.labels(name).observe(time.perf_counter() - start)
         metrics.prompt_tokens.labels(name).inc(choice.num_tokens)
         metrics.predicted_cached_tokens.labels(name).inc(choice.cached_tokens)
+
+
+@contextlib.asynccontextmanager
+async def client_deadline(request: web.Request, timeout_s: float) -> AsyncIterator[None]:
+    """Break the connection to a client that does not take what is written in the block.
+
+    Raises:
+        ConnectionResetError: it took longer than `timeout_s`.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        logger.warning("event=client_stalled path=%s", request.path)
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the client does not read its answer") from error
 
 
 def _answer_headers(upstream: aiohttp.ClientResponse, choice: Choice) -> CIMultiDict[str]:

@@ -64,7 +64,11 @@ class HealthMonitor:
                 async with asyncio.timeout(self._interval_s):
                     await wake.wait()
             wake.clear()
-            await self._check(pod)
+            try:
+                await self._check(pod)
+            except Exception:  # the task's boundary: without it nobody would ask this pod again
+                logger.exception("pod=%s event=health_check_failed", pod.name)
+                self._registry.health_late(pod)
 
     async def _check(self, pod: Pod) -> None:
         registry = self._registry

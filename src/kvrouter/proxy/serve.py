@@ -177,6 +177,8 @@ class ProxyServer:
                 job()
             except KVRouterError as error:  # the pod is routed to all the same, by what else is known of it
                 logger.error("pod=%s event=subscription_failed error=%s", name, error)
+            except Exception:  # thread boundary: the same, and the next job is not held up
+                logger.exception("pod=%s event=subscription_failed", name)
 
         self._background.submit(run)
 
