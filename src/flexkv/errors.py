@@ -26,13 +26,5 @@ class TransferError(FlexKVError, RuntimeError):
     """A copy between tiers failed or could not be started."""
 
 
-class CorruptBlockError(TransferError):
-    """A block read back is not the block that was written."""
-
-
 class ServerError(FlexKVError, RuntimeError):
     """The server of another process refused a request or is gone."""
-
-
-class ServerTimeoutError(ServerError, TimeoutError):
-    """The server did not answer before the deadline."""

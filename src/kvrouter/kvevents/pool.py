@@ -76,7 +76,6 @@ class EventPool:
                 raise ConfigError(f"{name} is above 0, not {value}")
         self.counters: Final = counters
         self.replay_timeout_s: Final = replay_timeout_s
-        self._index: Final = index
         self._workers: Final = [
             Worker(index, applier, counters, self._start_replay, number=i, queue_size=queue_size)
             for i in range(concurrency)
