@@ -101,7 +101,7 @@ def test_malformed_json_is_refused(url):
 
 def test_follow_up_turns_land_on_the_pod_that_holds_the_conversation(stack):
     spec = WorkloadSpec(
-        num_users=8, num_turns=3, num_system_prompts=2, system_words=100, document_words=0, think_s=0, seed=11
+        num_users=8, num_turns=3, num_system_prompts=2, system_words=100, document_words=0, think_s=1.0, seed=11
     )
     turns = asyncio.run(replay(stack.url, stack.spec.model, spec))
     pods = {(turn.user_id, turn.turn): turn.pod for turn in turns}
