@@ -66,7 +66,7 @@ def run_demo(options: DemoOptions, console: Console) -> list[ScenarioReport]:
         aiohttp.ClientError: a request failed.
         KeyboardInterrupt: Ctrl-C or SIGTERM; everything started has been stopped.
     """
-    with _sigterm_as_interrupt(), ExitStack() as scratch:
+    with _stops_on_signals(), ExitStack() as scratch:
         model = options.model or _make_checkpoint(scratch, console)
         reports = _run_scenarios(options, model, console)
         console.print(as_table(reports))
@@ -160,14 +160,15 @@ class _ProgressNote:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM unwind the stack the way Ctrl-C does."""
+def _stops_on_signals() -> Iterator[None]:
+    """Let SIGTERM unwind the stack the way Ctrl-C does, and Ctrl-C also where a shell had it ignored."""
 
     def interrupt(signum: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
