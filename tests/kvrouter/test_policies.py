@@ -107,6 +107,17 @@ def test_conversations_stay_where_they_are_while_new_ones_spread() -> None:
     assert sorted(Counter(home.values()).values()) == [5, 5]
 
 
+def test_a_prompt_that_was_refused_draws_no_later_ones_away() -> None:
+    a, b = pods("a", "b")
+    chosen = set()
+    for seed in range(20):
+        policy = kv_aware(seed)
+        refused_by = policy.pick(PromptView(5000), [a, b])
+        policy.not_computed(PromptView(5000), refused_by)
+        chosen.add(policy.pick(PromptView(100), [a, b]) is refused_by)
+    assert chosen == {True, False}
+
+
 def test_new_text_placed_long_ago_counts_no_more() -> None:
     now = 0.0
     policy = KVAware(CONFIG, random.Random(1), lambda: now)

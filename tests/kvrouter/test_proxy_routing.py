@@ -131,6 +131,16 @@ async def test_same_prompt_follows_the_first_before_any_event(start_proxy: Start
         await asyncio.gather(first, return_exceptions=True)
 
 
+async def test_refused_prompt_does_not_count_as_cached(start_proxy: StartProxy, pods: list[FakePod]) -> None:
+    async with start_proxy(PodConfig("a", pods[0].url, model="m")) as proxy:
+        body = {"model": "m", "prompt": TOKENS, "fake": {"status": 400}}
+        async with proxy.client.post(f"{proxy.url}/v1/completions", json=body) as response:
+            assert response.status == 400
+        assert await ask(proxy, prompt=TOKENS) == ("a", 0)
+        assert (await ask(proxy, prompt=TOKENS))[1] > 0
+        assert proxy.server.registry["a"].num_running == 0
+
+
 async def test_conversation_stays_on_its_pod_without_events(
     start_proxy: StartProxy, pods: list[FakePod], model_tokenizer: ModelTokenizer
 ) -> None:

@@ -194,11 +194,14 @@ class Forwarder:
             raise self._lost(choice, error) from error
 
     async def _pass_whole(self, upstream: aiohttp.ClientResponse, choice: Choice, start: float) -> web.Response:
-        choice.first_byte()
+        if upstream.status < 400:
+            choice.first_byte()
         try:
             body = await upstream.read()
         except (aiohttp.ClientError, OSError) as error:
             raise self._lost(choice, error) from error
+        if upstream.status >= 400:
+            choice.failed()  # refused: the pod has computed nothing of the prompt
         self._registry.answered(choice.pod, upstream.status)
         answer = web.Response(status=upstream.status, body=body, headers=_answer_headers(upstream, choice))
         if upstream.status == 503:

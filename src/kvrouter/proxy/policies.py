@@ -46,6 +46,9 @@ class Policy(ABC):
     def pick(self, prompt: PromptView, pods: Sequence[Pod]) -> Pod:
         """Return one of `pods`, which are never empty and may all be asked."""
 
+    def not_computed(self, prompt: PromptView, pod: Pod) -> None:  # noqa: B027 - most policies need not know
+        """A pod that was picked did not compute the prompt: it refused it, or was gone."""
+
 
 class RoundRobin(Policy):
     """Each pod in turn."""
@@ -105,6 +108,12 @@ class KVAware(Policy):
         chosen = min(equals, key=lambda pod: (self._placed_tokens(pod.name, now), self._rng.random()))
         self._placed[chosen.name] = (self._placed_tokens(chosen.name, now) + uncached[chosen.name], now)
         return chosen
+
+    def not_computed(self, prompt: PromptView, pod: Pod) -> None:
+        """Count the prompt's text as not given to the pod."""
+        now = self._clock()
+        placed = self._placed_tokens(pod.name, now) - prompt.uncached_tokens(pod.name)
+        self._placed[pod.name] = (max(0.0, placed), now)
 
     def _load(self, pod: Pod) -> float:
         return pod.queued_prefill_tokens + self._decode_token_cost * pod.num_decodes

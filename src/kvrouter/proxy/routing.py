@@ -58,6 +58,9 @@ class Choice:
     in_flight: InFlight
     route: Route | None
     recent: RecentRoutes
+    policy: Policy
+    view: PromptView
+    has_failed: bool = False
 
     def first_byte(self) -> None:
         """The pod has begun to answer. Idempotent."""
@@ -66,7 +69,11 @@ class Choice:
             self.recent.first_byte(self.route)
 
     def failed(self) -> None:
-        """The pod did not take the request, or died on it."""
+        """The pod did not take the request, or died on it. Idempotent."""
+        if self.has_failed:
+            return
+        self.has_failed = True
+        self.policy.not_computed(self.view, self.pod)
         if self.route is not None:
             self.recent.failed(self.route)
         self.in_flight.done()
@@ -148,13 +155,14 @@ class Router:
         if not pods:
             raise no_healthy_pod(prompt.model)
         cached_tokens, credit_tokens = self._predict(prompt, pods)
-        pod = self._policy.pick(PromptView(prompt.num_tokens, credit_tokens), pods)
+        view = PromptView(prompt.num_tokens, credit_tokens)
+        pod = self._policy.pick(view, pods)
         cached = cached_tokens.get(pod.name, 0)
         keys = self._keys(prompt, pod.models[0])[1]
         route = self._recent.add(keys, pod.name) if keys else None
         in_flight = InFlight(pod, prompt.num_tokens - cached)
         self._metrics.attempts.labels(pod.name).inc()
-        return Choice(pod, cached, prompt.num_tokens, in_flight, route, self._recent)
+        return Choice(pod, cached, prompt.num_tokens, in_flight, route, self._recent, self._policy, view)
 
     def _predict(self, prompt: PreparedPrompt, pods: Sequence[Pod]) -> tuple[dict[str, int], dict[str, float]]:
         """Return pod -> cached tokens, and pod -> the same weighted by tier."""
