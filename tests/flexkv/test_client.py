@@ -191,13 +191,22 @@ def test_an_endpoint_whose_thread_hangs_keeps_its_sockets(tmp_path, monkeypatch,
         os.close(endpoint._wake)
 
 
-def test_a_worker_of_another_shape_is_refused(store, caplog):
+def test_a_worker_of_another_shape_is_refused(store, monkeypatch):
+    refused = threading.Event()
+    reasons: list[str] = []
+
+    def note_refusal(client: KVTPClient, reason: str) -> None:
+        reasons.append(reason)
+        refused.set()
+
+    monkeypatch.setattr(KVTPClient, "_note_refusal", note_refusal)
     model = ModelConfig(2, 1, 8, "float32")
     with KVTPClient(store.device_dir, 0, model, BLOCK) as client:
         client.register(make_kv_caches(model, 4, BLOCK))
-        assert not client.wait_ready(0.5)
+        assert refused.wait(20.0)
+        assert not client.wait_ready(0.0)
         assert not store.is_ready()
-    assert "bytes" in caplog.text
+    assert "bytes" in reasons[0]
 
 
 def test_a_rank_that_is_taken_is_refused(store):
