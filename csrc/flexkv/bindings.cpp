@@ -7,6 +7,8 @@ void bind_transfer(nanobind::module_& module);
 }  // namespace flexkv
 
 NB_MODULE(_native, module) {
+  // Engines exit without tearing everything down; that is not a leak worth a page on their users' terminal.
+  nanobind::set_leak_warnings(false);
   flexkv::bind_cache(module);
   flexkv::bind_transfer(module);
 }

@@ -106,6 +106,8 @@ nb::object split_digests(const DigestArray& packed) {
 }  // namespace
 
 NB_MODULE(_native, module) {
+  // Engines exit without tearing everything down; that is not a leak worth a page on their users' terminal.
+  nanobind::set_leak_warnings(false);
   using namespace nb::literals;
   module.def("sha256_ni_supported", &kvblocks::sha256_ni_supported);
   module.def("copy_tokens", &copy_tokens, "items"_a, "out"_a);

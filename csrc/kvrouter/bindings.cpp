@@ -129,6 +129,8 @@ nb::tuple stats(const BlockIndex& index) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  // Engines exit without tearing everything down; that is not a leak worth a page on their users' terminal.
+  nanobind::set_leak_warnings(false);
   m.attr("MAX_BLOCKS") = kMaxBlocks;
   m.attr("MAX_PARTS") = kMaxParts;
   m.attr("REJECTIONS") = nb::make_tuple("malformed_batch", "malformed_event", "unknown_type", "unknown_parent",

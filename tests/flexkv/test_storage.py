@@ -112,6 +112,30 @@ def test_copiers_refuse_what_is_out_of_range(copier_kind):
             )
 
 
+@pytest.mark.parametrize("copier_kind", [HostCopier, TorchCopier])
+@pytest.mark.parametrize(("shape", "names"), [((6, 3, 4, 16), "head token"), ((6, 4, 3, 16), "token head")])
+def test_a_key_and_its_value_may_lie_side_by_side(copier_kind, shape, names):
+    model = ModelConfig(2, 3, 8, "float32")
+    caches = {name: torch.randn(shape) for name in ("a", "b")}
+    layout = device_layout(caches, model, 4)
+    assert [dim.name for dim in layout.dims] == [*names.split(), "element"]
+    assert layout.block_bytes == model.rank_block_bytes(4)
+    wanted = [tensor[1].clone() for tensor in caches.values()]
+    pool = CpuPool.create(PoolLayout(2, layout.block_bytes))
+    copier = (
+        HostCopier(caches, layout, pool, 0, 1) if copier_kind is HostCopier else TorchCopier(caches, layout, pool, 0)
+    )
+    for to_device, block in ((False, 1), (True, 5)):
+        copier.copy(
+            to_device=to_device,
+            device_blocks=np.array([block]),
+            pool_blocks=np.array([0]),
+            first_layer=0,
+            num_layers=2,
+        )
+    assert all(torch.equal(tensor[5], block) for tensor, block in zip(caches.values(), wanted, strict=True))
+
+
 def test_mla_has_one_plane():
     model = ModelConfig(1, 1, 8, "bfloat16", use_mla=True)
     layout = device_layout({"l": torch.zeros(5, 4, 8, dtype=torch.bfloat16)}, model, 4)

@@ -98,7 +98,8 @@ def device_layout(kv_caches: Mapping[str, Any], model: ModelConfig, tokens_per_b
     """Recognise the layout of an engine's KV tensors (torch tensors by layer name, in layer order).
 
     Accepted are tensors whose dimensions are, in any order with kv or blocks first: blocks, kv planes, tokens of a
-    block, heads, elements of a head; and for MLA: blocks, tokens, elements.
+    block, heads, elements of a head; the same without kv planes, where the elements are a key's and then a value's; and
+    for MLA: blocks, tokens, elements.
 
     Raises:
         ConfigError: no layers, layers that differ, or a shape that is none of these.
@@ -154,6 +155,8 @@ def _dim_names(name: str, shape: Sequence[int], model: ModelConfig, tokens_per_b
         ]
         candidates = [(["block", "kv", *names], (2, *sizes)) for names, sizes in inner]
         candidates += [(["kv", "block", *names], (2, *sizes)) for names, sizes in inner]
+        # Key and value of a token side by side (vLLM on a CPU): one element twice as long, since a block is just bytes.
+        candidates += [(["block", *names], (*sizes[:-1], 2 * size)) for names, sizes in inner]
     for names, sizes in candidates:
         without_block = tuple(extent for i, extent in enumerate(shape) if i != names.index("block"))
         if len(shape) == len(names) and without_block == sizes:
