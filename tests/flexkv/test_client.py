@@ -222,6 +222,15 @@ def test_a_rank_that_is_taken_is_refused(store):
         assert second.wait_ready(20.0), "the place is free again"
 
 
+def test_registering_never_waits_for_a_heartbeat(monkeypatch):
+    monkeypatch.setattr(request, "HEARTBEAT_S", 600.0)
+    cache = CacheConfig(CpuTierConfig(num_blocks=2), BLOCK)
+    for _ in range(20):
+        with KVManager(MODEL, cache) as store, KVTPClient(store.device_dir, 0, MODEL, BLOCK) as client:
+            client.register(make_kv_caches(MODEL, 4, BLOCK))
+            assert store.wait_ready(20.0)
+
+
 def test_a_worker_may_come_before_its_store(tmp_path):
     directory = store_dir(tmp_path, "engine/dp0")
     with KVTPClient(directory, 0, MODEL, BLOCK) as client:

@@ -200,13 +200,13 @@ class KVTPClient:
             return self._closing
 
     def _step(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN | (zmq.POLLOUT if self._is_blocked else 0))
-        poller.register(self._wake, zmq.POLLIN)
         now = time.monotonic()
         if now >= self._next_beat:
             self._next_beat = now + msg.HEARTBEAT_S
             self._beat(now)
+        poller = zmq.Poller()  # after the beat, which may have found the socket full
+        poller.register(self._socket, zmq.POLLIN | (zmq.POLLOUT if self._is_blocked else 0))
+        poller.register(self._wake, zmq.POLLIN)
         events = dict(poller.poll(max(0, int((self._next_beat - now) * 1000))))
         if self._wake in events:
             os.eventfd_read(self._wake)
