@@ -257,7 +257,10 @@ class ZmqEventPublisher:
             logger.warning("kv events dropped: publisher queue full endpoint=%s", self._endpoint)
 
     def close(self) -> None:
-        """Send what is queued, for at most a second, and close the sockets; a second call does nothing."""
+        """Send what is queued, for at most a second, and close the sockets; a second call does nothing.
+
+        The ports are free again a moment later: ZMQ closes in the background.
+        """
         with self._state_lock:
             if self._closed:
                 return
@@ -271,7 +274,11 @@ class ZmqEventPublisher:
             self._outbox.release()
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except PublisherError:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:

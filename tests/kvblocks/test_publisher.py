@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,29 @@ def test_close_releases_its_ports_and_threads() -> None:
     with ZmqEventPublisher(TCP, TCP) as first:
         endpoint, replay = first.endpoint, first.replay_endpoint
     assert "kv-event-publisher" not in {thread.name for thread in threading.enumerate()}
-    with ZmqEventPublisher(endpoint.replace("127.0.0.1", "*"), replay) as second:
+    with start_when_free(endpoint.replace("127.0.0.1", "*"), replay) as second:
         assert second.replay_endpoint == replay
+
+
+def start_when_free(endpoint: str, replay: str) -> ZmqEventPublisher:
+    """A running publisher on ports that ZMQ may still be closing in the background."""
+    deadline = time.monotonic() + 20.0
+    while True:
+        publisher = ZmqEventPublisher(endpoint, replay)
+        try:
+            publisher.start()
+            return publisher
+        except PublisherError:
+            publisher.close()
+            assert time.monotonic() < deadline, "the ports were never released"
+
+
+def test_a_with_block_that_cannot_start_leaves_nothing_open(publisher: ZmqEventPublisher) -> None:
+    second = ZmqEventPublisher(TCP, replay_endpoint(publisher))
+    with pytest.raises(PublisherError, match="cannot bind"), second:
+        pass
+    with pytest.raises(PublisherError, match="after close"):
+        second.start()
 
 
 def test_a_taken_port_is_named(publisher: ZmqEventPublisher) -> None:
