@@ -11,6 +11,9 @@ from tests.flexkv.device_memory import BLOCK, MODEL, make_kv_caches, read_block
 
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
 
+# At 2 ms each, longer than the store's own deadlines (20 s for an op, 10 s of silence), so that these decide.
+MAX_STEPS = 15_000
+
 
 class Role(Enum):
     SCHEDULER = 0
@@ -117,7 +120,7 @@ class FakeEngine:
         self.scheduler.update_state_after_alloc(request, Blocks(request.block_ids), request.external)
         return is_async
 
-    def await_load(self, request: Request, limit: int = 2000) -> None:
+    def await_load(self, request: Request, limit: int = MAX_STEPS) -> None:
         for _ in range(limit):
             self.step()
             if request.request_id in self.received:
@@ -138,7 +141,7 @@ class FakeEngine:
             return
         self.held[request.request_id] = request.block_ids
         finished = frozenset({request.request_id})
-        for _ in range(2000):
+        for _ in range(MAX_STEPS):
             self.step(finished=finished)
             if request.request_id not in self.held:
                 return
