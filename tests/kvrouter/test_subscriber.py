@@ -295,6 +295,21 @@ def test_changed_endpoint_replaces_the_old_one(
     assert index.stats().num_records == 1
 
 
+def test_late_message_of_a_changed_endpoint_enters_nothing(
+    manager: SubscriberManager, index: InMemoryIndex, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receivers = []
+    add = manager._subscriber.add
+    monkeypatch.setattr(manager._subscriber, "add", lambda *args: (receivers.append(args[1]), add(*args))[1])
+    subscribe(manager, engine, model="old")
+    subscribe(manager, engine, model=MODEL)
+    manager.wait_applied(POD, engine.send(block(0)), TIMEOUT)
+    receivers[0](EventMessage(topic="kv@pod-a@m", seq=0, payload=block(0)))  # it was read when the endpoint changed
+    manager.wait_applied(POD, engine.send(block(1)), TIMEOUT)
+    assert index.score(KEYS) == {POD: 2.0}
+    assert index.stats().num_records == 2
+
+
 def test_failed_subscriber_clears_its_pods_and_marks_them(
     manager: SubscriberManager, index: InMemoryIndex, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,8 +236,8 @@ class SubscriberManager:
                 model = endpoint.model if endpoint.model is not None else parse_topic(message.topic)[1]
                 stream = streams[message.topic] = StreamId(endpoint.pod, model, endpoint.events_endpoint)
                 with self._lock:
-                    if endpoint.events_endpoint not in self._endpoints.get(endpoint.pod, {}):
-                        return  # removed meanwhile: its stream must not come back
+                    if self._endpoints.get(endpoint.pod, {}).get(endpoint.events_endpoint) is not endpoint:
+                        return  # removed or changed meanwhile: its stream must not come back
                     self._pool.open_later(stream, endpoint.replay_endpoint)
             self._put(stream, message)
 
