@@ -1,0 +1,7 @@
+#include "bindings.h"
+
+namespace folovllm {
+
+void bind_quant(nanobind::module_& m) { (void)m; }
+
+}  // namespace folovllm
