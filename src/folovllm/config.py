@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 AttentionBackendName = Literal["auto", "torch_naive", "torch_sdpa"]
 
+SchedulingPolicy = Literal["fcfs", "priority"]
+
 
 class KVTransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which KV connector to load; the JSON vLLM takes as --kv-transfer-config."""
@@ -107,7 +109,11 @@ class SchedulerConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     enable_chunked_prefill: bool
-    policy: Literal["fcfs"] = "fcfs"
+    policy: SchedulingPolicy = "fcfs"
+    long_prefill_token_threshold: int = 0
+    """Most tokens of one request in one step, so that a long prompt leaves room for others; 0 sets no such limit."""
+    async_scheduling: bool = False
+    """Whether the next step is scheduled while the model still runs the last one."""
 
 
 @dataclass(frozen=True, slots=True)

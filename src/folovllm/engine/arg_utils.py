@@ -21,6 +21,7 @@ from folovllm.config import (
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
+    SchedulingPolicy,
 )
 from folovllm.errors import ConfigError, ModelLoadError
 
@@ -62,6 +63,12 @@ class EngineArgs:
     kv_cache_memory_gb: float | None = None
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    """Who goes first: by arrival, or by each request's `priority` (lower first)."""
+    long_prefill_token_threshold: int = 0
+    """Most tokens of one request in one step, so that a long prompt leaves room for others; 0 sets no such limit."""
+    async_scheduling: bool = False
+    """Schedule the next step while the model still runs the last one."""
     attention_backend: AttentionBackendName = "auto"
     seed: int = 0
     skip_tokenizer_init: bool = False
@@ -100,6 +107,10 @@ class EngineArgs:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}={value!r} is not allowed; it must be positive")
+        if self.long_prefill_token_threshold < 0:
+            raise ConfigError(
+                f"long_prefill_token_threshold={self.long_prefill_token_threshold} is not allowed; it must be 0 or more"
+            )
         if self.num_kv_blocks is not None and self.num_kv_blocks < 2:
             raise ConfigError(f"num_kv_blocks={self.num_kv_blocks} is not allowed; it must be at least 2")
         _convert("kv_transfer_config", self.kv_transfer_config, KVTransferConfig)
@@ -139,6 +150,9 @@ class EngineArgs:
                 max_num_seqs=min(self.max_num_seqs, self.max_num_batched_tokens),
                 max_num_batched_tokens=self.max_num_batched_tokens,
                 enable_chunked_prefill=self.enable_chunked_prefill,
+                policy=self.scheduling_policy,
+                long_prefill_token_threshold=self.long_prefill_token_threshold,
+                async_scheduling=self.async_scheduling,
             ),
             parallel_config=parallel_config,
             device=device,
