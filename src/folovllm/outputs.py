@@ -5,6 +5,21 @@ from dataclasses import dataclass
 from folovllm.engine.messages import FinishReason
 
 
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """The log-probability of one token at one position, before any sampling option is applied."""
+
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    decoded_token: str | None = None
+    """Its text; None without a tokenizer. An incomplete character reads as U+FFFD."""
+
+
+PositionLogprobs = dict[int, Logprob]
+"""Token id -> its log-probability at one position: the token that stands there first, then the most likely ones."""
+
+
 @dataclass(slots=True)
 class CompletionOutput:
     """One generated sequence; while streaming, all of it so far."""
@@ -15,6 +30,10 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop token or stop string that ended it."""
+    logprobs: list[PositionLogprobs] | None = None
+    """One entry per token of `token_ids`, when `SamplingParams.logprobs` asked for them."""
+    cumulative_logprob: float | None = None
+    """The sum over `token_ids`, when `logprobs` are there."""
 
     @property
     def finished(self) -> bool:
@@ -44,6 +63,8 @@ class RequestOutput:
     num_external_cached_tokens: int
     """The part of `num_cached_tokens` that the KV connector loaded."""
     metrics: RequestMetrics
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    """One entry per prompt token, None for the first, when `SamplingParams.prompt_logprobs` asked for them."""
 
     @property
     def finished(self) -> bool:

@@ -52,15 +52,18 @@ class Request:
         "_all_token_ids",
         "_block_hash_fn",
         "arrival_time",
+        "bad_words_token_ids",
         "block_hashes",
         "cache_salt",
         "eos_token_ids",
+        "grammar",
         "kv_load_failed",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_external_cached_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "priority",
         "prompt_token_ids",
         "request_id",
         "sampling_params",
@@ -76,6 +79,10 @@ class Request:
         self.eos_token_ids = request.eos_token_ids
         self.arrival_time = request.arrival_time
         self.cache_salt = request.cache_salt
+        self.priority = request.priority
+        """Under the priority policy the lower goes first."""
+        self.bad_words_token_ids = request.bad_words_token_ids
+        self.grammar = request.grammar
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.status = RequestStatus.WAITING
         self.stop_reason: int | str | None = None
@@ -120,6 +127,11 @@ class Request:
     def is_finished(self) -> bool:
         """Whether it has ended."""
         return self.status.is_finished
+
+    @property
+    def skip_reading_prefix_cache(self) -> bool:
+        """Whether all its prompt must be computed: log-probabilities of tokens that are not computed are not known."""
+        return self.sampling_params.prompt_logprobs is not None
 
     @property
     def finish_reason(self) -> FinishReason | None:

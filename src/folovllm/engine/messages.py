@@ -24,6 +24,12 @@ class EngineCoreRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add", ar
     """Seconds, time.time()."""
     cache_salt: str | None = None
     """Separates the prefix caches of tenants: enters the hash of the first block."""
+    priority: int = 0
+    """Under the priority policy the lower goes first."""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    """The token sequences of `sampling_params.bad_words`."""
+    grammar: str | None = None
+    """`sampling_params.structured_outputs`, compiled and checked: a grammar as llguidance takes it."""
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag="abort", array_like=True):
@@ -43,6 +49,18 @@ class ShutdownCore(msgspec.Struct, frozen=True, tag="shutdown", array_like=True)
     """Front end -> core: finish nothing more, release everything, exit."""
 
 
+class LogprobsLists(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at consecutive positions, before any sampling option is applied.
+
+    Per position: first the token that stands there, then the most likely ones in falling order (it may be among them).
+    """
+
+    logprob_token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    sampled_token_ranks: list[int]
+    """Of the token that stands there: how many tokens are at least as likely as it, itself included; from 1."""
+
+
 class EngineCoreOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What one step produced for one request."""
 
@@ -55,6 +73,10 @@ class EngineCoreOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=Tru
     """Prompt tokens not computed at first scheduling: device hit plus what the connector loaded."""
     num_external_cached_tokens: int = 0
     """The part of `num_cached_tokens` that the connector loaded."""
+    new_logprobs: LogprobsLists | None = None
+    """Of `new_token_ids`, when the request asked for them."""
+    new_prompt_logprobs: LogprobsLists | None = None
+    """Of the prompt's tokens from the second on, once, with the first output token."""
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

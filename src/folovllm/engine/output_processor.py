@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from folovllm.engine.detokenizer import IncrementalDetokenizer
 from folovllm.engine.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from folovllm.metrics.stats import EngineMetrics
-from folovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from folovllm.outputs import CompletionOutput, PositionLogprobs, RequestMetrics, RequestOutput
 from folovllm.transformers_utils.tokenizer import Tokenizer
 
 
@@ -23,6 +23,8 @@ class RequestDelta:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    """One entry per token of `token_ids`, when the request asked for them."""
 
     def merge(self, later: "RequestDelta") -> None:
         """Append what came after."""
@@ -30,6 +32,8 @@ class RequestDelta:
         self.token_ids += later.token_ids
         self.finish_reason = later.finish_reason
         self.stop_reason = later.stop_reason
+        if later.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + later.logprobs
 
 
 class RequestState:
@@ -42,6 +46,8 @@ class RequestState:
         self.num_cached_tokens = 0
         self.num_external_cached_tokens = 0
         self.num_output_tokens = 0
+        self.prompt_logprobs: list[PositionLogprobs | None] | None = None
+        """There with the first delta, when the request asked for them."""
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
         self.on_ready: Callable[[], None] = _nothing
         """Called after something was put into the mailbox."""

@@ -113,6 +113,7 @@ class Processor:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> EngineCoreRequest:
         """The request for a prompt that `tokenize` returned; `max_tokens` is cut to what the context leaves.
 
@@ -121,6 +122,7 @@ class Processor:
         """
         if cache_salt is not None and not cache_salt:
             raise InvalidRequestError("cache_salt='' is not allowed; it must be a non-empty string")
+        _refuse_unfinished(params)
         if params.stop:
             self.require_tokenizer()
         room = self.limits.max_model_len - len(token_ids)
@@ -133,6 +135,7 @@ class Processor:
             eos_token_ids=self.eos_token_ids,
             arrival_time=time.time(),
             cache_salt=cache_salt,
+            priority=priority,
         )
 
     def _check_length(self, length: int) -> None:
@@ -145,3 +148,11 @@ class Processor:
 
 class PromptTooLongError(InvalidRequestError):
     """Prompt and output do not fit the model's context or the KV cache."""
+
+
+def _refuse_unfinished(params: SamplingParams) -> None:
+    defaults = SamplingParams()
+    for name in ("n", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "bad_words", "logit_bias",
+                 "allowed_token_ids", "logprobs", "prompt_logprobs", "structured_outputs"):  # fmt: skip
+        if getattr(params, name) != getattr(defaults, name):
+            raise InvalidRequestError(f"{name} is not supported yet")
