@@ -157,10 +157,10 @@ class Request:
             self.num_cached_tokens = num_kept_tokens if num_kept_tokens or self.was_scheduled else None
             self.num_external_cached_tokens = max(0, self.num_external_cached_tokens - num_lost)
 
-    def check_stop(self, max_model_len: int) -> bool:
+    def check_stop(self, max_model_len: int, grammar_end: FinishReason | None = None) -> bool:
         """Whether the last output token ends the request; then sets `status` and `stop_reason`.
 
-        Order: end of sequence, stop tokens, length. Stop strings are the detokeniser's.
+        Order: end of sequence, stop tokens, the grammar's end, length. Stop strings are the detokeniser's.
         """
         params, last = self.sampling_params, self._all_token_ids[-1]
         may_stop = self.num_output_tokens >= params.min_tokens
@@ -169,6 +169,9 @@ class Request:
         elif may_stop and last in params.stop_token_ids:
             self.status = RequestStatus.FINISHED_STOPPED
             self.stop_reason = last
+        elif grammar_end is not None:
+            is_error = grammar_end == "error"
+            self.status = RequestStatus.FINISHED_ERROR if is_error else RequestStatus.FINISHED_STOPPED
         elif self.num_tokens >= max_model_len or self.num_output_tokens == params.max_tokens:
             self.status = RequestStatus.FINISHED_LENGTH_CAPPED
         return self.is_finished

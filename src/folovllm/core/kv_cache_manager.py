@@ -69,9 +69,9 @@ class KVCacheManager:
         """The longest run of the request's full blocks that the pool holds, and its tokens; takes no reference.
 
         At least one token is left to compute, as a step must yield logits: a prompt that is wholly cached and fills its
-        last block computes that block again.
+        last block computes that block again. A request may have to compute all its prompt: it finds nothing.
         """
-        if not self.enable_caching:
+        if not self.enable_caching or request.skip_reading_prefix_cache:
             return KVCacheBlocks(), 0
         blocks = []
         for block_hash in request.block_hashes[: (request.num_tokens - 1) // self.block_size]:

@@ -76,7 +76,7 @@ class KVTransfers:
 
     def match(self, request: Request, num_local_tokens: int) -> ExternalHit | None:
         """What the connector has behind the local hit; None when it does not know yet."""
-        if self.connector is None or request.kv_load_failed:
+        if self.connector is None or request.kv_load_failed or request.skip_reading_prefix_cache:
             return ExternalHit()
         num_tokens, is_async = self.connector.get_num_new_matched_tokens(request, num_local_tokens)
         if num_tokens is None:

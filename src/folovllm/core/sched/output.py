@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from folovllm.engine.messages import FinishReason, LogprobsLists
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 
@@ -20,6 +21,9 @@ class NewRequestData:
     """Tokens whose KV is already in the blocks (prefix hit, or loaded by the connector)."""
     eos_token_ids: tuple[int, ...] = ()
     """End-of-sequence tokens, which `min_tokens` masks along with the stop tokens."""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    grammar: str | None = None
+    """What its text must look like, as llguidance takes it."""
 
     @classmethod
     def from_request(cls, request: Request, block_ids: list[int]) -> "NewRequestData":
@@ -31,6 +35,8 @@ class NewRequestData:
             block_ids=block_ids,
             num_computed_tokens=request.num_computed_tokens,
             eos_token_ids=request.eos_token_ids,
+            bad_words_token_ids=request.bad_words_token_ids,
+            grammar=request.grammar,
         )
 
 
@@ -95,3 +101,9 @@ class ModelRunnerOutput:
 
     sampled_token_ids: dict[str, list[int]]
     kv_connector_output: KVConnectorOutput | None = None
+    logprobs: dict[str, LogprobsLists] = field(default_factory=dict)
+    """Of the sampled tokens, for the requests that ask for them."""
+    prompt_logprobs: dict[str, LogprobsLists] = field(default_factory=dict)
+    """Of the whole prompt, in the step that samples the first output token."""
+    grammar_ends: dict[str, FinishReason] = field(default_factory=dict)
+    """Requests whose grammar allows no more tokens ("stop"), or cannot be followed any further ("error")."""

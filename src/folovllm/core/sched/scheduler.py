@@ -189,13 +189,13 @@ class Scheduler:
                 continue
             (token_id,) = runner_output.sampled_token_ids[request_id]
             request.append_output_token_ids([token_id])
-            if request.check_stop(self.max_model_len):
+            if request.check_stop(self.max_model_len, runner_output.grammar_ends.get(request_id)):
                 self._finish(request, request.status)
             elif request.num_tokens > self.capacity_tokens:
                 # Even alone it would be preempted for ever. A max_model_len within the capacity rules this out.
                 self._log_failure(request, "it outgrew the block pool")
                 self._finish(request, RequestStatus.FINISHED_ERROR)
-            outputs.append(_make_output(request, [token_id]))
+            outputs.append(_make_output(request, [token_id], runner_output))
         if not self.requests and not self.transfers.held_request_ids:
             assert self.kv_cache_manager.usage == 0, "blocks leaked"
         return outputs
@@ -387,7 +387,9 @@ class Scheduler:
         return {request.request_id for request in affected}
 
 
-def _make_output(request: Request, new_token_ids: list[int]) -> EngineCoreOutput:
+def _make_output(
+    request: Request, new_token_ids: list[int], runner_output: ModelRunnerOutput | None = None
+) -> EngineCoreOutput:
     return EngineCoreOutput(
         request_id=request.request_id,
         new_token_ids=new_token_ids,
@@ -395,4 +397,6 @@ def _make_output(request: Request, new_token_ids: list[int]) -> EngineCoreOutput
         stop_reason=request.stop_reason,
         num_cached_tokens=request.num_cached_tokens or 0,
         num_external_cached_tokens=request.num_external_cached_tokens,
+        new_logprobs=runner_output.logprobs.get(request.request_id) if runner_output else None,
+        new_prompt_logprobs=runner_output.prompt_logprobs.get(request.request_id) if runner_output else None,
     )
