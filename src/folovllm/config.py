@@ -129,6 +129,9 @@ class EngineConfig:
     kv_transfer_config: KVTransferConfig | None
     kv_events_config: KVEventsConfig | None
     num_threads: int | None
+    cpu_threads_bind: Literal["auto", "none"] = "auto"
+    kernels: Literal["auto", "torch"] = "auto"
+    batch_invariant: bool = False
 
     @property
     def kv_block_bytes(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 MAX_POSITIONS = 256
 LLAMA3_ROPE = {
@@ -88,6 +88,11 @@ SHAPES = {
             {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
         ),
         Shape("qwen2-yarn-gqa3", Q2, 48, 6, 2, 2, 123, tied=True, rope=YARN_ROPE),
+        Shape("llama-rope3", LlamaConfig, 64, 4, 2, 2, 173, tied=False, rope=LLAMA3_ROPE),
+        Shape(
+            "llama-biases", LlamaConfig, 48, 6, 6, 2, 140, True, 16, extra={"attention_bias": True, "mlp_bias": True}
+        ),
+        Shape("mistral-full", MistralConfig, 64, 8, 2, 2, 160, False, 16, extra={"sliding_window": None}),
     )
 }
 

@@ -92,7 +92,7 @@ def test_prefix_hit_on_another_requests_blocks_gives_the_same_tokens(checkpoint,
 def test_reduced_precision_logits_stay_close_to_transformers(name, dtype, checkpoint, hf_model):
     """Tolerance: 4 times the rounding unit of the dtype (2^-8, 2^-11) of the largest logit, for mean and 20 for max."""
     runner = make_runner(checkpoint(name, dtype), dtype="auto")
-    assert next(runner.model.parameters()).dtype == dtype
+    assert runner.config.model_config.dtype == dtype
     captured = []
     compute_logits = runner.model.compute_logits
     runner.model.compute_logits = lambda hidden: captured.append(compute_logits(hidden)) or captured[-1]

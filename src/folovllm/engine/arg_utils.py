@@ -39,6 +39,7 @@ _MUST_BE_POSITIVE = (
     "max_model_len",
     "kv_cache_memory_gb",
     "num_threads",
+    "tensor_parallel_size",
 )
 
 
@@ -73,7 +74,15 @@ class EngineArgs:
     seed: int = 0
     skip_tokenizer_init: bool = False
     num_threads: int | None = None
-    """Threads of the model's arithmetic on a CPU; None leaves torch's own choice."""
+    """Threads of the model's arithmetic on a CPU; None takes one per CPU this process may use."""
+    cpu_threads_bind: Literal["auto", "none"] = "auto"
+    """Whether these threads stay on a CPU each: "auto" binds them when they take every CPU of the process."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """"torch" computes with torch's operations alone, also where there are native kernels: slower, to compare with."""
+    batch_invariant: bool = False
+    """In bf16 and fp16 too, make every row's arithmetic independent of the other rows; fp32 always is on a CPU."""
+    tensor_parallel_size: int = 1
+    """Ranks that share each layer; a process each."""
     kv_transfer_config: KVTransferConfig | dict[str, Any] | None = None
     kv_events_config: KVEventsConfig | dict[str, Any] | None = None
 
@@ -141,7 +150,8 @@ class EngineArgs:
             seed=self.seed,
             skip_tokenizer_init=self.skip_tokenizer_init,
         )
-        parallel_config = ParallelConfig()
+        _check_heads(hf_config, self.tensor_parallel_size)
+        parallel_config = ParallelConfig(tensor_parallel_size=self.tensor_parallel_size)
         config = EngineConfig(
             model_config=model_config,
             cache_config=CacheConfig(self.block_size, 0, self.enable_prefix_caching),
@@ -160,6 +170,9 @@ class EngineArgs:
             kv_transfer_config=_convert("kv_transfer_config", self.kv_transfer_config, KVTransferConfig),
             kv_events_config=_convert("kv_events_config", self.kv_events_config, KVEventsConfig),
             num_threads=self.num_threads,
+            cpu_threads_bind=self.cpu_threads_bind,
+            kernels=self.kernels,
+            batch_invariant=self.batch_invariant,
         )
         return _fit_to_pool(config, self._num_kv_blocks(config.kv_block_bytes))
 
@@ -211,6 +224,16 @@ def _check_fields(directory: Path, hf_config: "PretrainedConfig") -> None:
             architectures = ", ".join(getattr(hf_config, "architectures", None) or ["unknown"])
             raise ModelLoadError(
                 f"{directory / 'config.json'} ({architectures}) has no {name}: not a decoder we can run"
+            )
+
+
+def _check_heads(hf_config: "PretrainedConfig", tensor_parallel_size: int) -> None:
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(hf_config, name, None) or hf_config.num_attention_heads
+        if heads % tensor_parallel_size:
+            raise ConfigError(
+                f"tensor_parallel_size={tensor_parallel_size} does not divide the model's {name}={heads}; "
+                "choose one that divides it"
             )
 
 

@@ -1,23 +1,28 @@
-"""From a Hugging Face checkpoint directory to a model whose every parameter is filled.
+"""From a Hugging Face checkpoint directory to a model whose every weight is in place.
 
-Weights are read from memory-mapped safetensors, single (`model.safetensors`) or sharded
-(`model.safetensors.index.json`), and copied once into the parameters, converted to the engine's dtype.
+Weights are memory-mapped from safetensors, single (`model.safetensors`) or sharded (`model.safetensors.index.json`).
+Each layer takes its tensors straight from the map into the form it computes with, and the pages go back at once: there
+is never a second copy.
 """
 
 import json
 import logging
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-
+from folovllm import _native
 from folovllm.attention.backends.abstract import AttentionBackend
 from folovllm.config import EngineConfig
 from folovllm.errors import ModelLoadError
-from folovllm.model_executor.layers.linear import MergedLinear
+from folovllm.model_executor.build import BuildContext, WeightRegistry
 from folovllm.model_executor.models.dense import DenseForCausalLM
 from folovllm.model_executor.models.registry import resolve_model_class
+from folovllm.model_executor.parallel import TensorParallel
+from folovllm.model_executor.safetensors_map import SafetensorsMap
+from folovllm.ops.abstract import Ops
+from folovllm.ops.cpu_ops import CPUOps
+from folovllm.ops.torch_ops import TorchOps
+from folovllm.ops.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -26,25 +31,37 @@ INDEX_FILE = "model.safetensors.index.json"
 NAMES_SHOWN = 8
 
 
-def load_model(config: EngineConfig, backend: AttentionBackend) -> DenseForCausalLM:
-    """Build the checkpoint's model on the configured device and fill it.
+def load_model(config: EngineConfig, backend: AttentionBackend, parallel: TensorParallel) -> DenseForCausalLM:
+    """Build this rank's share of the checkpoint's model on the configured device and fill it.
 
     Raises:
         ModelLoadError: unsupported architecture, or a checkpoint that is incomplete, corrupt or of other shapes.
+        ConfigError: the model cannot be shared out over the ranks.
     """
+    started = time.monotonic()
     model_config = config.model_config
     model_class = resolve_model_class(model_config.hf_config)
     files = checkpoint_files(Path(model_config.model))
-    default_dtype = torch.get_default_dtype()
-    torch.set_default_dtype(model_config.dtype)
-    try:
-        with config.device:
-            model = model_class(model_config.hf_config, backend, model_config.max_model_len)
-    finally:
-        torch.set_default_dtype(default_dtype)
-    load_weights(model.to(config.device), files)
-    logger.info("model loaded architecture=%s files=%d", model_class.__name__, len(files))
-    return model.eval()
+    is_complete = hasattr(_native, "PackedLinear") and hasattr(_native, "QKVLayout")
+    has_native_kernels = config.device.type == "cpu" and config.kernels == "auto" and is_complete
+    workspace = Workspace(config.device) if has_native_kernels else None
+    ops: Ops = CPUOps(model_config.dtype, workspace) if workspace is not None else TorchOps(model_config.dtype)
+    context = BuildContext(
+        hf_config=model_config.hf_config,
+        dtype=model_config.dtype,
+        device=config.device,
+        max_positions=model_config.max_model_len,
+        backend=backend,
+        ops=ops,
+        workspace=workspace,
+        parallel=parallel,
+        batch_invariant=config.batch_invariant,
+    )
+    model = model_class(context)
+    load_weights(context.weights, files)
+    took = time.monotonic() - started
+    logger.info("model loaded architecture=%s files=%d seconds=%.2f", model_class.__name__, len(files), took)
+    return model
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
@@ -70,75 +87,47 @@ def checkpoint_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def load_weights(model: DenseForCausalLM, files: list[Path]) -> None:
-    """Copy every tensor of `files` to its place.
+def load_weights(weights: WeightRegistry, files: list[Path]) -> None:
+    """Hand every tensor of `files` to the layer that expects it.
 
     Raises:
-        ModelLoadError: a parameter stays unfilled, a tensor has no place, is there twice, or has another shape.
+        ModelLoadError: an expected tensor is missing, one is not expected, is there twice, or has another shape or
+            dtype.
     """
-    destinations = dict(_destinations(model))
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
     filled: set[str] = set()
     unexpected: list[str] = []
     for file in files:
-        for name, tensor in _tensors(file):
-            if _is_redundant(name, tied):
+        opened = SafetensorsMap(file)
+        for name in opened:
+            if name in weights.optional or name.endswith("rotary_emb.inv_freq"):  # follows from config.json
                 continue
-            destination = destinations.get(name)
-            if destination is None:
+            if weights.get(name) is None:
                 unexpected.append(name)
                 continue
             if name in filled:
                 raise ModelLoadError(f"{file} repeats tensor {name}, which another file holds too")
-            _copy(destination, tensor, name, file)
+            _fill(weights, opened, name)
             filled.add(name)
-    missing = [name for name in destinations if name not in filled]
+    missing = [name for name in weights if name not in filled]
     if missing or unexpected:
         faults = [f"missing: {_shown(missing)}"] if missing else []
         faults += [f"not part of the model: {_shown(unexpected)}"] if unexpected else []
         raise ModelLoadError(f"the weights in {files[0].parent} do not fit config.json; {'; '.join(faults)}")
+    weights.finish()
 
 
-def _destinations(model: DenseForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
-    """Checkpoint name -> rows to fill, for every parameter; a merged layer yields one per part."""
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for suffix, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:  # tied
-                continue
-            seen.add(id(parameter))
-            if not isinstance(module, MergedLinear):
-                yield f"{prefix}.{suffix}", parameter.data
-                continue
-            parent, start = prefix.rpartition(".")[0], 0
-            for part, size in module.parts.items():
-                yield f"{parent}.{part}.{suffix}", parameter.data[start : start + size]
-                start += size
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and memory-mapped tensor of everything in `file`; the map is released afterwards."""
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            for name in opened.keys():  # noqa: SIM118  (not a dict)
-                yield name, opened.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(f"{file} is not a readable safetensors file: {error}") from error
-
-
-def _is_redundant(name: str, tied: bool) -> bool:
-    # Some checkpoints repeat the tied head; old ones store the rotary frequencies, which follow from config.json.
-    return (tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
-
-
-def _copy(destination: torch.Tensor, tensor: torch.Tensor, name: str, file: Path) -> None:
-    if tensor.shape != destination.shape:
+def _fill(weights: WeightRegistry, opened: SafetensorsMap, name: str) -> None:
+    expected, tensor = weights.get(name), opened.tensor(name)
+    assert expected is not None
+    if tuple(tensor.shape) != expected.shape:
         raise ModelLoadError(
-            f"tensor {name} in {file} has shape {list(tensor.shape)}, config.json implies {list(destination.shape)}"
+            f"tensor {name} in {opened.file} has shape {list(tensor.shape)}, config.json implies {list(expected.shape)}"
         )
-    if not tensor.is_floating_point():
-        raise ModelLoadError(f"tensor {name} in {file} is {tensor.dtype}; only floating point weights are supported")
-    destination.copy_(tensor)
+    try:
+        expected.fill(tensor)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"tensor {name} in {opened.file}: {error}") from error
+    opened.release(name)
 
 
 def _shown(names: list[str]) -> str:

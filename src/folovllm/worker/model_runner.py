@@ -17,6 +17,7 @@ from folovllm.core.kv_connector import KVConnector
 from folovllm.core.sched.output import ModelRunnerOutput, NewRequestData, SchedulerOutput
 from folovllm.model_executor.forward_context import ForwardContext
 from folovllm.model_executor.loader import load_model
+from folovllm.model_executor.parallel import TensorParallel
 from folovllm.sample.sampler import Sampler
 from folovllm.worker.buffers import StagingBuffer
 from folovllm.worker.connector_step import run_with_connector
@@ -54,7 +55,7 @@ class ModelRunner:
         self.backend = backend_class(
             model_config.get_num_attention_heads(parallel), num_kv_heads, head_size, self.block_size
         )
-        self.model = load_model(config, self.backend)
+        self.model = load_model(config, self.backend, TensorParallel())
         shape = (config.cache_config.num_kv_blocks, 2, num_kv_heads, self.block_size, head_size)
         # Zeros, not empty: masked attention still multiplies what it masks, and must not meet a NaN.
         self.kv_caches = {
@@ -182,8 +183,7 @@ class ModelRunner:
         )
 
     def _forward(self, step: StepInputs, context: ForwardContext) -> torch.Tensor:
-        hidden: torch.Tensor = self.model(step.input_ids, step.positions, context)
-        return hidden
+        return self.model(step.input_ids, step.positions, context)
 
     def _sample(self, step: StepInputs, hidden: torch.Tensor, invalid_block_ids: set[int]) -> dict[str, list[int]]:
         if len(step.samples) == 0:

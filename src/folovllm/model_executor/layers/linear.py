@@ -1,41 +1,118 @@
 """Linear layers. Mirrors vllm/model_executor/layers/linear.py.
 
-A merged layer computes several projections of the same input in one matrix product. It names its parts as the
-checkpoint does, and the loader fills each part's rows:
+What a layer computes is here; how its weights are held is in `linear_weights`. `split` says what ranks share out:
 
-    weight [sum of parts, in_features]  =  q_proj rows | k_proj rows | v_proj rows
+    NONE      every rank holds all
+    OUTPUTS   column parallel: each rank has some output columns of every part
+    INPUTS    row parallel: each rank has some input columns, and the sum over the ranks is the result
 """
 
+import enum
 from collections.abc import Mapping
+from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+
+from folovllm.model_executor.build import BuildContext
+from folovllm.model_executor.layers.linear_weights import LinearShape, LinearWeights, PackedWeights, TorchWeights
 
 
-class Linear(nn.Module):
-    """y = x W^T + b, with `weight` `[out_features, in_features]` left uninitialised for the loader."""
+class Split(enum.Enum):
+    """What the ranks of a tensor parallel group share out."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-
-    @classmethod
-    def sharing(cls, weight: nn.Parameter) -> "Linear":
-        """A layer that uses another module's `weight` (tied embeddings)."""
-        linear = cls(weight.shape[1], 0)
-        linear.weight = weight
-        return linear
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[num_tokens, in_features]` -> `[num_tokens, out_features]`."""
-        return F.linear(x, self.weight, self.bias)
+    NONE = enum.auto()
+    OUTPUTS = enum.auto()
+    INPUTS = enum.auto()
 
 
-class MergedLinear(Linear):
-    """Several projections of one input. `parts`: the checkpoint's name of each -> its out_features, in row order."""
+class Linear:
+    """y = x W^T + b, for one projection or several of the same input."""
 
-    def __init__(self, in_features: int, parts: Mapping[str, int], *, bias: bool = False) -> None:
-        super().__init__(in_features, sum(parts.values()), bias=bias)
-        self.parts = dict(parts)
+    def __init__(
+        self,
+        context: BuildContext,
+        name: str,
+        in_features: int,
+        parts: Mapping[str, int],
+        *,
+        bias: bool = False,
+        split: Split = Split.NONE,
+    ) -> None:
+        """Announce the weights.
+
+        Args:
+            context: of the model.
+            name: the checkpoint's prefix of all parts, for example "model.layers.0.self_attn".
+            in_features: of the checkpoint.
+            parts: the checkpoint's name of each projection -> its out_features, in the order of the output columns.
+            bias: whether every part has one.
+            split: what the ranks share out.
+        """
+        self.parallel = context.parallel
+        self.reduces = split is Split.INPUTS and context.parallel.size > 1
+        self.weights = _make_weights(context, _shape(context, in_features, parts, bias, split))
+        for index, part in enumerate(parts):
+            for suffix, shape in self.weights.tensors(index).items():
+                context.weights.expect(f"{name}.{part}.{suffix}", shape, partial(self.weights.load, index, suffix))
+        context.weights.when_filled(self.weights.finish)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[num_tokens, in_features]` -> `[num_tokens, out_features]`, of this rank."""
+        out = self.weights.forward(x)
+        return self.parallel.all_reduce(out) if self.reduces else out
+
+
+class OutputHead:
+    """Hidden states -> logits; its weights are its own or the embedding's."""
+
+    def __init__(self, context: BuildContext, name: str, hidden_size: int, vocab_size: int) -> None:
+        self.parallel = context.parallel
+        # A vocabulary that cannot be shared out evenly is held whole by every rank.
+        self.is_split = vocab_size % context.parallel.size == 0 and context.parallel.size > 1
+        split = Split.OUTPUTS if self.is_split else Split.NONE
+        shape = _shape(context, hidden_size, {name: vocab_size}, False, split)
+        self.weights = _make_plain_weights(context, shape)
+        if context.hf_config.tie_word_embeddings:
+            context.weights.optional.add(f"{name}.weight")  # some checkpoints repeat it
+        else:
+            context.weights.expect(f"{name}.weight", (vocab_size, hidden_size), self.load)
+
+    def load(self, weight: torch.Tensor) -> None:
+        """Take `[vocab_size, hidden_size]`."""
+        self.weights.load(0, "weight", weight)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[num_rows, hidden_size]` -> fp32 `[num_rows, vocab_size]`."""
+        logits = self.weights.forward(hidden, torch.float32)
+        return self.parallel.all_gather(logits) if self.is_split else logits
+
+
+def _shape(context: BuildContext, in_features: int, parts: Mapping[str, int], bias: bool, split: Split) -> LinearShape:
+    share = context.parallel.share
+    is_first = context.parallel.rank == 0
+    return LinearShape(
+        in_features=in_features,
+        parts=tuple(parts.values()),
+        has_bias=bias,
+        inputs=share("its input size", in_features) if split is Split.INPUTS else slice(0, in_features),
+        outputs=tuple(
+            share(f"the size of {part}", size) if split is Split.OUTPUTS else slice(0, size)
+            for part, size in parts.items()
+        ),
+        # A sum over the ranks must add the bias once.
+        applies_bias=bias and (is_first or split is not Split.INPUTS),
+    )
+
+
+def _make_weights(context: BuildContext, shape: LinearShape) -> LinearWeights:
+    if context.quantization is not None:
+        return context.quantization.make_weights(
+            shape, context.dtype, context.device, context.workspace, batch_invariant=context.batch_invariant
+        )
+    return _make_plain_weights(context, shape)
+
+
+def _make_plain_weights(context: BuildContext, shape: LinearShape) -> LinearWeights:
+    if context.workspace is None:
+        return TorchWeights(shape, context.dtype, context.device)
+    return PackedWeights(shape, context.dtype, context.workspace, batch_invariant=context.batch_invariant)

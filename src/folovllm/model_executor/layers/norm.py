@@ -1,22 +1,22 @@
-"""Root mean square normalisation."""
+"""Root mean square normalisation. Mirrors vllm/model_executor/layers/layernorm.py."""
 
 import torch
-from torch import nn
+
+from folovllm.model_executor.build import BuildContext
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis.
+class RMSNorm:
+    """x / rms(x) * weight over the last axis (`Ops.rms_norm` says how it rounds)."""
 
-    Normalises in fp32, rounds to the input's dtype, then scales: the order of transformers, which decides the last bit.
-    """
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+    def __init__(self, context: BuildContext, name: str, size: int, eps: float) -> None:
+        self.ops = context.ops
+        self.weight = context.vector(f"{name}.weight", size)
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Any leading shape, last axis `size`."""
-        wide = x.float()
-        variance = wide.pow(2).mean(-1, keepdim=True)
-        return self.weight * (wide * torch.rsqrt(variance + self.eps)).to(x.dtype)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[num_tokens, size]` -> the same."""
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual += x` in place; returns its norm."""
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -14,32 +13,20 @@ from folovllm.errors import ModelLoadError
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-class RotaryEmbedding(nn.Module):
-    """cos and sin of every position, computed once; `rotate` turns the two halves of a head against each other."""
+def rotary_table(
+    hf_config: PretrainedConfig, head_size: int, max_positions: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """cos and sin of every position, shared by all layers.
 
-    cos_sin: torch.Tensor
-    """`[max_positions, head_size]`: cos of head_size / 2 angles, then sin."""
+    Returns:
+        `[max_positions, head_size]`: cos of head_size / 2 angles, then sin.
 
-    def __init__(self, hf_config: PretrainedConfig, head_size: int, max_positions: int) -> None:
-        super().__init__()
-        dtype = torch.get_default_dtype()
-        with torch.device("cpu"):  # the same bits on every device
-            inv_freq, scaling = inverse_frequencies(hf_config, head_size)
-            angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * inv_freq.float()
-            cos_sin = torch.cat((angles.cos() * scaling, angles.sin() * scaling), dim=-1).to(dtype)
-        self.register_buffer("cos_sin", cos_sin, persistent=False)
-
-    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of `positions` `[num_tokens]`, each `[num_tokens, 1, head_size / 2]`; shared by all layers."""
-        cos, sin = self.cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-        return cos, sin
-
-
-def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate `[num_tokens, num_heads, head_size]` by the angles of its tokens."""
-    cos, sin = angles
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    Raises:
+        ModelLoadError: a rope type that is not supported.
+    """
+    inv_freq, scaling = inverse_frequencies(hf_config, head_size)  # on the host: the same bits on every device
+    angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * inv_freq.float()
+    return torch.cat((angles.cos() * scaling, angles.sin() * scaling), dim=-1).to(device, dtype)
 
 
 def inverse_frequencies(hf_config: PretrainedConfig, head_size: int) -> tuple[torch.Tensor, float]:

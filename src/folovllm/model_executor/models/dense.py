@@ -1,25 +1,25 @@
 """The skeleton of a dense decoder: embedding, N x (attention, gated MLP), norm, output head.
 
-An architecture is a subclass of `DenseForCausalLM` that says where it differs (`DenseTraits`). Module and parameter
-names are those of Hugging Face checkpoints, except that q/k/v and gate/up are merged (layers/linear.py).
+An architecture is a subclass of `DenseForCausalLM` that says where it differs (`DenseTraits`). Layers are named as in
+Hugging Face checkpoints. Between layers travel two tensors: the residual stream, and what the last layer adds to it,
+which the next norm does in the same pass.
 """
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from transformers import PretrainedConfig
 
-from folovllm.attention.backends.abstract import AttentionBackend
 from folovllm.errors import ModelLoadError
+from folovllm.model_executor.build import BuildContext
 from folovllm.model_executor.forward_context import ForwardContext
 from folovllm.model_executor.layers.attention import Attention
-from folovllm.model_executor.layers.linear import Linear, MergedLinear
+from folovllm.model_executor.layers.embedding import Embedding
+from folovllm.model_executor.layers.linear import Linear, OutputHead, Split
 from folovllm.model_executor.layers.norm import RMSNorm
-from folovllm.model_executor.layers.rotary import RotaryEmbedding, rotate
-
-Angles = tuple[torch.Tensor, torch.Tensor]
+from folovllm.model_executor.layers.rotary import rotary_table
+from folovllm.ops.abstract import HeadLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,159 +29,156 @@ class DenseTraits:
     qkv_bias: bool = False
     output_bias: bool = False
     """Bias of the attention's output projection."""
+    mlp_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each query and key head, before the rotation."""
 
 
-class SelfAttention(nn.Module):
+class SelfAttention:
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, hf_config: PretrainedConfig, traits: DenseTraits, name: str, backend: AttentionBackend) -> None:
-        super().__init__()
-        self.num_heads, self.num_kv_heads = backend.num_heads, backend.num_kv_heads
-        self.head_size = backend.head_size
-        self.q_size, self.kv_size = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        hidden = hf_config.hidden_size
-        parts = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
-        self.qkv_proj = MergedLinear(hidden, parts, bias=traits.qkv_bias)
-        self.o_proj = Linear(self.q_size, hidden, bias=traits.output_bias)
-        self.q_norm = RMSNorm(self.head_size, hf_config.rms_norm_eps) if traits.qk_norm else None
-        self.k_norm = RMSNorm(self.head_size, hf_config.rms_norm_eps) if traits.qk_norm else None
-        self.attn = Attention(f"{name}.attn", backend)
+    def __init__(self, context: BuildContext, traits: DenseTraits, name: str, cos_sin: torch.Tensor) -> None:
+        config, backend, tp_size = context.hf_config, context.backend, context.parallel.size
+        head_size = backend.head_size
+        q_size, kv_size = backend.num_heads * head_size * tp_size, backend.num_kv_heads * head_size * tp_size
+        self.qkv_proj = Linear(
+            context,
+            name,
+            config.hidden_size,
+            {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
+            bias=traits.qkv_bias,
+            split=Split.OUTPUTS,
+        )
+        self.o_proj = Linear(
+            context, name, q_size, {"o_proj": config.hidden_size}, bias=traits.output_bias, split=Split.INPUTS
+        )
+        layout = HeadLayout(
+            num_heads=backend.num_heads,
+            num_kv_heads=backend.num_kv_heads,
+            head_size=head_size,
+            block_size=backend.block_size,
+            cos_sin=cos_sin,
+            q_norm=context.vector(f"{name}.q_norm.weight", head_size) if traits.qk_norm else None,
+            k_norm=context.vector(f"{name}.k_norm.weight", head_size) if traits.qk_norm else None,
+            eps=config.rms_norm_eps,
+        )
+        self.attn = Attention(context, f"{name}.attn", layout)
 
-    def forward(self, hidden: torch.Tensor, angles: Angles, context: ForwardContext) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, rotation: Any, context: ForwardContext) -> torch.Tensor:
         """`[num_tokens, hidden_size]` -> the same."""
-        q, k, v = self.qkv_proj(hidden).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
-        query = q.reshape(-1, self.num_heads, self.head_size)
-        key = k.reshape(-1, self.num_kv_heads, self.head_size)
-        value = v.reshape(-1, self.num_kv_heads, self.head_size)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        attended = self.attn(rotate(query, angles), rotate(key, angles), value, context)
-        output: torch.Tensor = self.o_proj(attended)
-        return output
+        return self.o_proj(self.attn(self.qkv_proj(hidden), rotation, context))
 
 
-class GatedMLP(nn.Module):
+class GatedMLP:
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, hf_config: PretrainedConfig) -> None:
-        super().__init__()
-        if hf_config.hidden_act != "silu":
-            raise ModelLoadError(f"hidden_act {hf_config.hidden_act!r} is not supported; supported: silu")
-        size = hf_config.intermediate_size
-        self.gate_up_proj = MergedLinear(hf_config.hidden_size, {"gate_proj": size, "up_proj": size})
-        self.down_proj = Linear(size, hf_config.hidden_size)
+    def __init__(self, context: BuildContext, traits: DenseTraits, name: str) -> None:
+        config = context.hf_config
+        if config.hidden_act != "silu":
+            raise ModelLoadError(f"hidden_act {config.hidden_act!r} is not supported; supported: silu")
+        size, hidden, bias = config.intermediate_size, config.hidden_size, traits.mlp_bias
+        self.ops = context.ops
+        parts = {"gate_proj": size, "up_proj": size}
+        self.gate_up_proj = Linear(context, name, hidden, parts, bias=bias, split=Split.OUTPUTS)
+        self.down_proj = Linear(context, name, size, {"down_proj": hidden}, bias=bias, split=Split.INPUTS)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[num_tokens, hidden_size]` -> the same."""
-        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
-        output: torch.Tensor = self.down_proj(F.silu(gate) * up)
-        return output
+        return self.down_proj(self.ops.silu_mul(self.gate_up_proj(hidden)))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer:
     """Attention and MLP, each behind its norm and around its residual."""
 
-    def __init__(self, hf_config: PretrainedConfig, traits: DenseTraits, name: str, backend: AttentionBackend) -> None:
-        super().__init__()
-        self.self_attn = SelfAttention(hf_config, traits, f"{name}.self_attn", backend)
-        self.mlp = GatedMLP(hf_config)
-        self.input_layernorm = RMSNorm(hf_config.hidden_size, hf_config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(hf_config.hidden_size, hf_config.rms_norm_eps)
-
-    def forward(self, hidden: torch.Tensor, angles: Angles, context: ForwardContext) -> torch.Tensor:
-        """`[num_tokens, hidden_size]` -> the same."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), angles, context)
-        mlp: torch.Tensor = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + mlp
-
-
-class Embedding(nn.Module):
-    """Token id -> row of `weight` `[vocab_size, hidden_size]`."""
-
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`[num_tokens]` -> `[num_tokens, hidden_size]`."""
-        return F.embedding(input_ids, self.weight)
-
-
-class DenseModel(nn.Module):
-    """Everything below the output head."""
-
-    def __init__(
-        self, hf_config: PretrainedConfig, traits: DenseTraits, backend: AttentionBackend, max_positions: int
-    ) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(hf_config.vocab_size, hf_config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(hf_config, traits, f"model.layers.{i}", backend) for i in range(hf_config.num_hidden_layers)
+    def __init__(self, context: BuildContext, traits: DenseTraits, name: str, cos_sin: torch.Tensor) -> None:
+        config = context.hf_config
+        self.input_layernorm = RMSNorm(context, f"{name}.input_layernorm", config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(context, traits, f"{name}.self_attn", cos_sin)
+        self.post_attention_layernorm = RMSNorm(
+            context, f"{name}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps
         )
-        self.norm = RMSNorm(hf_config.hidden_size, hf_config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(hf_config, backend.head_size, max_positions)
+        self.mlp = GatedMLP(context, traits, f"{name}.mlp")
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """`[num_tokens]` ids and positions -> `[num_tokens, hidden_size]`."""
-        hidden = self.embed_tokens(input_ids)
-        angles = self.rotary.angles(positions)
-        for layer in self.layers:
-            hidden = layer(hidden, angles, context)
-        output: torch.Tensor = self.norm(hidden)
-        return output
+    def __call__(
+        self, update: torch.Tensor | None, residual: torch.Tensor, rotation: Any, context: ForwardContext
+    ) -> torch.Tensor:
+        """Add `update`, what the layer before found, to `residual` in place; return what this layer finds.
+
+        Both are `[num_tokens, hidden_size]`; the first layer gets no update.
+        """
+        normed = self.input_layernorm(residual) if update is None else self.input_layernorm.add(update, residual)
+        attended = self.self_attn(normed, rotation, context)
+        return self.mlp(self.post_attention_layernorm.add(attended, residual))
 
 
-class DenseForCausalLM(nn.Module):
+class DenseForCausalLM:
     """A dense decoder with its output head; subclasses give `traits`.
 
     Raises:
         ModelLoadError: the checkpoint's config.json asks for something that is not supported.
     """
 
-    def __init__(self, hf_config: PretrainedConfig, backend: AttentionBackend, max_positions: int) -> None:
-        super().__init__()
-        refuse_unsupported(hf_config)
-        self.model = DenseModel(hf_config, self.traits(hf_config), backend, max_positions)
-        self.lm_head = (
-            Linear.sharing(self.model.embed_tokens.weight)
-            if hf_config.tie_word_embeddings
-            else Linear(hf_config.hidden_size, hf_config.vocab_size)
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
+    """For architectures whose layers are of another shape."""
+
+    def __init__(self, context: BuildContext) -> None:
+        config = context.hf_config
+        refuse_unsupported(config)
+        traits = self.traits(config)
+        self.ops = context.ops
+        self.cos_sin = rotary_table(
+            config, context.backend.head_size, context.max_positions, context.dtype, context.device
         )
+        self.embed_tokens = Embedding(context, "model.embed_tokens", config.vocab_size, config.hidden_size)
+        self.layers = [
+            self.layer_class(context, traits, f"model.layers.{i}", self.cos_sin)
+            for i in range(config.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(context, "model.norm", config.hidden_size, config.rms_norm_eps)
+        self.lm_head = OutputHead(context, "lm_head", config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            context.weights.when_filled(lambda: self.lm_head.load(self.embed_tokens.table))
 
     @staticmethod
     def traits(hf_config: PretrainedConfig) -> DenseTraits:
         """Where this architecture differs from the others."""
         raise NotImplementedError
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """`[num_tokens]` ids and positions -> hidden states `[num_tokens, hidden_size]`."""
-        hidden: torch.Tensor = self.model(input_ids, positions, context)
-        return hidden
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """`[num_tokens]` int32 ids and int64 positions -> hidden states `[num_tokens, hidden_size]`."""
+        residual = self.embed_tokens(input_ids)
+        rotation = self.ops.prepare_rotation(self.cos_sin, positions)
+        update = None
+        for layer in self.layers:
+            update = layer(update, residual, rotation, context)
+        assert update is not None
+        return self.norm.add(update, residual)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[num_rows, hidden_size]` -> `[num_rows, vocab_size]`, in the model's dtype."""
-        logits: torch.Tensor = self.lm_head(hidden)
-        return logits
+        """`[num_rows, hidden_size]` -> fp32 `[num_rows, vocab_size]`, overwritten by the next call."""
+        return self.lm_head(hidden)
 
     def attention_layers(self) -> list[Attention]:
         """The layers that own a KV cache, in order."""
-        return [module for module in self.modules() if isinstance(module, Attention)]
+        return [layer.self_attn.attn for layer in self.layers]
 
 
 def refuse_unsupported(hf_config: PretrainedConfig) -> None:
     """Refuse what would otherwise be computed wrongly.
 
     Raises:
-        ModelLoadError: sliding-window attention or quantised weights.
+        ModelLoadError: sliding-window attention, or quantised weights.
     """
-    if "sliding_attention" in (getattr(hf_config, "layer_types", None) or ()):
-        raise ModelLoadError(
-            f"config.json enables sliding-window attention (sliding_window={hf_config.sliding_window}), "
-            "which is not supported; only full attention is"
-        )
     quantization = getattr(hf_config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelLoadError(f"quantised checkpoints are not supported (quantization_config: {method})")
+    has_sliding_layers = "sliding_attention" in (getattr(hf_config, "layer_types", None) or ())
+    # Without a list of layers, a window stands for all of them, unless it is switched off.
+    window = getattr(hf_config, "sliding_window", None)
+    applies_to_all = not getattr(hf_config, "layer_types", None) and getattr(hf_config, "use_sliding_window", True)
+    if has_sliding_layers or (window is not None and applies_to_all):
+        raise ModelLoadError(
+            f"config.json enables sliding-window attention (sliding_window={window}), "
+            "which is not supported; only full attention is"
+        )

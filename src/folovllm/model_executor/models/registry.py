@@ -4,10 +4,14 @@ from transformers import PretrainedConfig
 
 from folovllm.errors import ModelLoadError
 from folovllm.model_executor.models.dense import DenseForCausalLM
+from folovllm.model_executor.models.llama import LlamaForCausalLM
+from folovllm.model_executor.models.mistral import MistralForCausalLM
 from folovllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from folovllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 MODELS: dict[str, type[DenseForCausalLM]] = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": MistralForCausalLM,
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
     "Qwen3ForCausalLM": Qwen3ForCausalLM,
 }
