@@ -11,9 +11,19 @@ list(APPEND FOLOVLLM_TESTS)
 list(APPEND FOLOVLLM_KERNEL_SOURCES)
 list(APPEND FOLOVLLM_TESTS)
 
-# Elementwise and sampling.
-list(APPEND FOLOVLLM_KERNEL_SOURCES)
-list(APPEND FOLOVLLM_TESTS)
+# Elementwise and sampling. One source, compiled for each level of instructions; without contraction to fused
+# multiply-adds, so that all levels give the same bits.
+list(APPEND FOLOVLLM_KERNEL_SOURCES fused_ops.cpp fused_portable.cpp fused_avx2.cpp fused_avx512.cpp)
+list(APPEND FOLOVLLM_TESTS fused_test)
+# gcc 12 finds its own intrinsics uninitialised (its bug 105593).
+set(FOLOVLLM_LEVEL_OPTIONS -ffp-contract=off -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)
+set_source_files_properties(fused_portable.cpp PROPERTIES COMPILE_OPTIONS "${FOLOVLLM_LEVEL_OPTIONS}")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set_source_files_properties(fused_avx2.cpp PROPERTIES
+                              COMPILE_OPTIONS "${FOLOVLLM_LEVEL_OPTIONS};-mavx2;-mf16c")
+  set_source_files_properties(fused_avx512.cpp PROPERTIES
+                              COMPILE_OPTIONS "${FOLOVLLM_LEVEL_OPTIONS};-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512")
+endif()
 
 # Quantised linear layers.
 list(APPEND FOLOVLLM_KERNEL_SOURCES)

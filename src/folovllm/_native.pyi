@@ -29,10 +29,76 @@ def limit_isa(name: str) -> None:
         ValueError: no such instruction set.
     """
 
-# -- linear layers ------------------------------------------------------------------------------------------------------
+# -- linear layers --------------------------------------------------------------------------------------------------
 
-# -- attention ----------------------------------------------------------------------------------------------------------
+# -- attention ------------------------------------------------------------------------------------------------------
 
-# -- elementwise and sampling -------------------------------------------------------------------------------------------
+# -- elementwise and sampling ---------------------------------------------------------------------------------------
 
-# -- quantised linear layers --------------------------------------------------------------------------------------------
+def rms_norm(x: int, x_stride: int, weight: int, out: int, num_rows: int, size: int, eps: float, dtype: str) -> None:
+    """out = x / rms(x) * weight, rounded to `dtype` before the product; rows of x are `x_stride` elements apart."""
+
+def add_rms_norm(
+    x: int, residual: int, weight: int, out: int, num_rows: int, size: int, eps: float, dtype: str
+) -> None:
+    """residual += x, then out = residual / rms(residual) * weight. All `[num_rows, size]`; `out` may be `x`."""
+
+def silu_mul(gate_up: int, out: int, num_rows: int, size: int, dtype: str) -> None:
+    """`[num_rows, 2 * size]` of gate and up -> silu(gate) * up `[num_rows, size]`."""
+
+def embed(
+    table: int, row_stride: int, ids: int, num_rows: int, size: int, out: int, table_dtype: str, dtype: str
+) -> None:
+    """out[i] = table[ids[i]] (int32 ids), converted to `dtype`; rows of the table are `row_stride` elements apart."""
+
+class QKVLayout:
+    """What all steps of one attention layer share; keeps addresses, so the owner keeps the tensors.
+
+    Args:
+        block_size: tokens per block of the KV cache.
+        cos_sin: `[max_positions, head_size]`: cos of head_size / 2 angles, then sin.
+        q_norm: `[head_size]` weight of the RMS norm of queries; 0 for none.
+        k_norm: the same of keys.
+        eps: of the norms.
+
+    Raises:
+        ValueError: a size below 1, an odd head_size, or an unknown dtype.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        block_size: int,
+        dtype: str,
+        cos_sin: int,
+        q_norm: int = 0,
+        k_norm: int = 0,
+        eps: float = 0.0,
+    ) -> None: ...
+
+def rotate_and_write(
+    layout: QKVLayout,
+    qkv: int,
+    qkv_stride: int,
+    positions: int,
+    slot_mapping: int,
+    kv_cache: int,
+    query: int,
+    num_tokens: int,
+) -> None:
+    """Norm (if any) and rotation of queries and keys; keys and values go to their slots.
+
+    Args:
+        layout: of the layer.
+        qkv: rows [q heads | k heads | v heads].
+        qkv_stride: elements from row to row.
+        positions: `[num_tokens]` int64.
+        slot_mapping: `[num_tokens]` int64; the key and value of a slot below 0 are not written.
+        kv_cache: `[num_blocks, 2, num_kv_heads, block_size, head_size]`.
+        query: receives `[num_tokens, num_heads * head_size]`.
+        num_tokens: rows of the step.
+    """
+
+# -- quantised linear layers ----------------------------------------------------------------------------------------
