@@ -142,3 +142,12 @@ def test_broken_checkpoint_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json"):
         Tokenizer.from_checkpoint(tmp_path)
+
+
+def test_priority_needs_the_policy_that_heeds_it(directory: Path) -> None:
+    processor = make_processor(directory)
+    assert processor.make_request([1], SamplingParams()).priority == 0
+    with pytest.raises(InvalidRequestError, match=r"priority=-3 .* scheduling_policy='priority'"):
+        processor.make_request([1], SamplingParams(), priority=-3)
+    processor.scheduling_policy = "priority"
+    assert processor.make_request([1], SamplingParams(), priority=-3).priority == -3

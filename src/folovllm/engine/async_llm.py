@@ -99,6 +99,7 @@ class AsyncLLM:
         engine = cls(start_engine_core(args), EngineMetrics(args.served_model_name or args.model))
         try:
             await engine.start(directory, args.skip_tokenizer_init, start_timeout_s)
+            engine.processor.scheduling_policy = args.scheduling_policy
         except BaseException:
             await engine.shutdown()
             raise
@@ -183,17 +184,20 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete a prompt, yielding the request's whole state as it grows.
 
-        Closing or cancelling the generator aborts the request.
+        Closing or cancelling the generator aborts the request. `priority`: lower goes first.
 
         Raises:
             InvalidRequestError: the prompt or an option cannot be served.
             EngineDeadError: the core is dead, or dies on the way.
         """
         token_ids = await self.tokenize(prompt)
-        request = self.processor.make_request(token_ids, sampling_params, request_id=request_id, cache_salt=cache_salt)
+        request = self.processor.make_request(
+            token_ids, sampling_params, request_id=request_id, cache_salt=cache_salt, priority=priority
+        )
         accumulator = Accumulator()
         with self.open(request, prompt if isinstance(prompt, str) else None) as stream:
             async for delta in stream:

@@ -38,22 +38,30 @@ class LLMEngine:
         tokenizer = None if args.skip_tokenizer_init else Tokenizer.from_checkpoint(directory)
         core = EngineCore(config)
         limits = Limits(config.model_config.context_len, core.pool_tokens)
-        return cls(InprocClient(core), Processor(tokenizer, limits, read_model_facts(directory)))
+        processor = Processor(tokenizer, limits, read_model_facts(directory), config.scheduler_config.policy)
+        return cls(InprocClient(core), processor)
 
     def add_requests(
-        self, prompts: Sequence[PromptType], params: Sequence[SamplingParams], cache_salt: str | None = None
+        self,
+        prompts: Sequence[PromptType],
+        params: Sequence[SamplingParams],
+        cache_salt: str | None = None,
+        priorities: Sequence[int] | None = None,
     ) -> list[RequestState]:
         """Queue one request per prompt: all of them, or none when one is not valid.
+
+        `priorities`: one per prompt, lower goes first; None: 0 for all.
 
         Raises:
             InvalidRequestError: a prompt or its options cannot be served.
         """
+        make, tokenize = self.processor.make_request, self.processor.tokenize
         requests = [
-            (self.processor.make_request(self.processor.tokenize(prompt), options, cache_salt=cache_salt), prompt)
-            for prompt, options in zip(prompts, params, strict=True)
+            make(tokenize(prompt), options, cache_salt=cache_salt, priority=priority)
+            for prompt, options, priority in zip(prompts, params, priorities or [0] * len(prompts), strict=True)
         ]
         states = []
-        for request, prompt in requests:
+        for request, prompt in zip(requests, prompts, strict=True):
             self._client.add_request(request)
             states.append(self._outputs.add_request(request, prompt if isinstance(prompt, str) else None))
         return states

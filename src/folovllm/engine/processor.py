@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from folovllm.config import SchedulingPolicy
 from folovllm.engine.messages import EngineCoreRequest
 from folovllm.errors import InvalidRequestError
 from folovllm.sampling_params import SamplingParams
@@ -48,6 +49,7 @@ class Processor:
     tokenizer: Tokenizer | None
     limits: Limits
     facts: ModelFacts
+    scheduling_policy: SchedulingPolicy = "fcfs"
     eos_token_ids: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,6 +125,11 @@ class Processor:
         if cache_salt is not None and not cache_salt:
             raise InvalidRequestError("cache_salt='' is not allowed; it must be a non-empty string")
         _refuse_unfinished(params)
+        if priority and self.scheduling_policy != "priority":
+            raise InvalidRequestError(
+                f"priority={priority} is not possible: this engine serves first come, first served; "
+                "start it with scheduling_policy='priority', or leave priority at 0"
+            )
         if params.stop:
             self.require_tokenizer()
         room = self.limits.max_model_len - len(token_ids)

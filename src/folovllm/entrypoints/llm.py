@@ -18,6 +18,8 @@ Prompts = PromptType | Sequence[PromptType]
 """One text, the token ids of one prompt, or a list of either."""
 Params = SamplingParams | Sequence[SamplingParams] | None
 """Options of all prompts, of each, or the model's own defaults."""
+Priorities = int | Sequence[int]
+"""Of all prompts, or of each; lower goes first."""
 
 
 class LLM:
@@ -45,16 +47,22 @@ class LLM:
         return self._engine
 
     def generate(
-        self, prompts: Prompts, sampling_params: Params = None, *, cache_salt: str | None = None
+        self,
+        prompts: Prompts,
+        sampling_params: Params = None,
+        *,
+        cache_salt: str | None = None,
+        priority: Priorities = 0,
     ) -> list[RequestOutput]:
         """Complete the prompts; results are in their order.
 
-        Prompts share cached prefixes only with others of the same `cache_salt`.
+        Prompts share cached prefixes only with others of the same `cache_salt`. `priority`, one for all or one per
+        prompt: lower goes first; other than 0 only with `scheduling_policy="priority"`.
 
         Raises:
             InvalidRequestError: a prompt or an option cannot be served; nothing was computed then.
         """
-        engine, states = self.llm_engine, self._add(prompts, sampling_params, cache_salt)
+        engine, states = self.llm_engine, self._add(prompts, sampling_params, cache_salt, priority)
         try:
             while not all(state.finished for state in states):
                 engine.step()
@@ -63,16 +71,22 @@ class LLM:
         return [state.snapshot(Accumulator().add(state.take() or RequestDelta())) for state in states]
 
     def generate_stream(
-        self, prompts: Prompts, sampling_params: Params = None, *, cache_salt: str | None = None
+        self,
+        prompts: Prompts,
+        sampling_params: Params = None,
+        *,
+        cache_salt: str | None = None,
+        priority: Priorities = 0,
     ) -> Iterator[RequestOutput]:
         """Complete the prompts, yielding a request's whole state each time it gained text or tokens.
 
-        Closing the iterator aborts what is unfinished. Prompts share cached prefixes only within a `cache_salt`.
+        Closing the iterator aborts what is unfinished. Prompts share cached prefixes only within a `cache_salt`;
+        `priority` is as for `generate`.
 
         Raises:
             InvalidRequestError: a prompt or an option cannot be served.
         """
-        return self._run(self._add(prompts, sampling_params, cache_salt))
+        return self._run(self._add(prompts, sampling_params, cache_salt, priority))
 
     def chat(
         self,
@@ -129,7 +143,9 @@ class LLM:
     ) -> None:
         self.shutdown()
 
-    def _add(self, prompts: Prompts, params: Params, cache_salt: str | None) -> list[RequestState]:
+    def _add(
+        self, prompts: Prompts, params: Params, cache_salt: str | None, priority: Priorities
+    ) -> list[RequestState]:
         each = _as_list(prompts)
         if params is None:
             params = self.get_default_sampling_params()
@@ -138,7 +154,12 @@ class LLM:
             raise InvalidRequestError(
                 f"{len(options)} sampling params for {len(each)} prompts; give one, or one per prompt"
             )
-        return self.llm_engine.add_requests(each, options, cache_salt)
+        priorities = [priority] * len(each) if isinstance(priority, int) else list(priority)
+        if len(priorities) != len(each):
+            raise InvalidRequestError(
+                f"{len(priorities)} priorities for {len(each)} prompts; give one, or one per prompt"
+            )
+        return self.llm_engine.add_requests(each, options, cache_salt, priorities)
 
     def _run(self, states: list[RequestState]) -> Iterator[RequestOutput]:
         engine = self.llm_engine
