@@ -64,6 +64,7 @@ class Shape:
 
 
 Q2, Q3 = Qwen2Config, Qwen3Config
+NO_EOS = {"bos_token_id": None, "eos_token_id": None}
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -90,9 +91,18 @@ SHAPES = {
         Shape("qwen2-yarn-gqa3", Q2, 48, 6, 2, 2, 123, tied=True, rope=YARN_ROPE),
         Shape("llama-rope3", LlamaConfig, 64, 4, 2, 2, 173, tied=False, rope=LLAMA3_ROPE),
         Shape(
-            "llama-biases", LlamaConfig, 48, 6, 6, 2, 140, True, 16, extra={"attention_bias": True, "mlp_bias": True}
+            "llama-biases",
+            LlamaConfig,
+            48,
+            6,
+            6,
+            2,
+            140,
+            True,
+            16,
+            extra={"attention_bias": True, "mlp_bias": True, **NO_EOS},
         ),
-        Shape("mistral-full", MistralConfig, 64, 8, 2, 2, 160, False, 16, extra={"sliding_window": None}),
+        Shape("mistral-full", MistralConfig, 64, 8, 2, 2, 160, False, 16, extra={"sliding_window": None, **NO_EOS}),
     )
 }
 

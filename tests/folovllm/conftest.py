@@ -54,7 +54,9 @@ def reference(hf_model: Callable[..., PreTrainedModel]) -> Reference:
         key = (name, tuple(prompt))
         if len(known.get(key, [])) < num_output:
             ids = torch.tensor([list(prompt)])
-            tokens = hf_model(name).generate(
+            model = hf_model(name)
+            model.generation_config.eos_token_id = None  # some architectures bring one by default
+            tokens = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_output, do_sample=False, pad_token_id=0
             )
             known[key] = tokens[0, len(prompt) :].tolist()

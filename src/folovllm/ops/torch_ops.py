@@ -57,7 +57,8 @@ class TorchOps(Ops):
     ) -> torch.Tensor:
         """Head by head, then one scatter."""
         heads = qkv.view(len(qkv), -1, layout.head_size)
-        query, key, value = heads.split((layout.num_heads, layout.num_kv_heads, layout.num_kv_heads), dim=1)
+        sizes = [layout.num_heads, layout.num_kv_heads, layout.num_kv_heads]
+        query, key, value = torch.split(heads, sizes, dim=1)
         if layout.q_norm is not None and layout.k_norm is not None:
             query = self.rms_norm(query, layout.q_norm, layout.eps)
             key = self.rms_norm(key, layout.k_norm, layout.eps)

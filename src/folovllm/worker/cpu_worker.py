@@ -1,7 +1,10 @@
 """Worker on the CPU. Mirrors vllm/v1/worker/cpu_worker.py."""
 
+import os
+
 import torch
 
+from folovllm import _native
 from folovllm.config import EngineConfig
 from folovllm.worker.worker_base import WorkerBase
 
@@ -10,6 +13,13 @@ class CPUWorker(WorkerBase):
     """Runs the model in this process's threads."""
 
     def prepare_device(self, config: EngineConfig) -> None:
-        """Set the number of threads of torch's arithmetic, which is global to the process."""
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        """Set the number of threads of the kernels and of torch's arithmetic, which are global to the process.
+
+        Binding helps when the engine has the CPUs to itself; with fewer threads than CPUs, it could bind several
+        engines to the same ones.
+        """
+        cpus = sorted(os.sched_getaffinity(0))
+        num_threads = config.num_threads if config.num_threads is not None else len(cpus)
+        torch.set_num_threads(num_threads)
+        binds = config.cpu_threads_bind == "auto" and num_threads == len(cpus)
+        _native.set_num_threads(num_threads, cpus if binds else [])

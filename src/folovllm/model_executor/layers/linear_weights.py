@@ -20,6 +20,10 @@ from folovllm.ops.cpu_ops import DTYPE_NAMES
 from folovllm.ops.workspace import Workspace
 
 
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
 @dataclass(frozen=True, slots=True)
 class LinearShape:
     """One linear layer, and the share of it that this rank holds."""
@@ -40,16 +44,16 @@ class LinearShape:
     @property
     def num_inputs(self) -> int:
         """Input columns of this rank."""
-        return self.inputs.stop - self.inputs.start
+        return _length(self.inputs)
 
     @property
     def num_outputs(self) -> int:
         """Output columns of this rank, all parts together."""
-        return sum(outputs.stop - outputs.start for outputs in self.outputs)
+        return sum(map(_length, self.outputs))
 
     def offset(self, part: int) -> int:
         """Where this rank's columns of `part` begin in its output."""
-        return sum(outputs.stop - outputs.start for outputs in self.outputs[:part])
+        return sum(map(_length, self.outputs[:part]))
 
 
 class LinearWeights(ABC):
