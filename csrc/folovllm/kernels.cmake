@@ -4,8 +4,18 @@ set(FOLOVLLM_BINDING_SOURCES bind_linear.cpp bind_attention.cpp bind_fused.cpp b
 set(FOLOVLLM_TESTS thread_pool_test)
 
 # Linear layers.
-list(APPEND FOLOVLLM_KERNEL_SOURCES)
-list(APPEND FOLOVLLM_TESTS)
+list(APPEND FOLOVLLM_KERNEL_SOURCES number_formats.cpp packed_weights.cpp packed_linear.cpp gemm.cpp gemm_portable.cpp
+     gemm_avx2.cpp gemm_avx512.cpp gemm_avx512_bf16.cpp gemm_amx.cpp)
+list(APPEND FOLOVLLM_TESTS packed_linear_test)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  # gcc 12 finds its own intrinsics uninitialised (its bug 105593).
+  set(FOLOVLLM_GEMM_OPTIONS -Wno-uninitialized -Wno-maybe-uninitialized -mavx2 -mfma -mf16c)
+  set(FOLOVLLM_GEMM_512_OPTIONS ${FOLOVLLM_GEMM_OPTIONS} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+  set_source_files_properties(gemm_avx2.cpp PROPERTIES COMPILE_OPTIONS "${FOLOVLLM_GEMM_OPTIONS}")
+  set_source_files_properties(gemm_avx512.cpp PROPERTIES COMPILE_OPTIONS "${FOLOVLLM_GEMM_512_OPTIONS}")
+  set_source_files_properties(gemm_avx512_bf16.cpp gemm_amx.cpp PROPERTIES
+                              COMPILE_OPTIONS "${FOLOVLLM_GEMM_512_OPTIONS};-mavx512bf16")
+endif()
 
 # Attention.
 list(APPEND FOLOVLLM_KERNEL_SOURCES)

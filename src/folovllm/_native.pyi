@@ -31,6 +31,53 @@ def limit_isa(name: str) -> None:
 
 # -- linear layers --------------------------------------------------------------------------------------------------
 
+class PackedLinear:
+    """A linear layer whose weights are packed once, in the order in which every kernel reads them.
+
+    `dtype` is that of the weights and of the activations. All weights are zero at first. One thread fills, then any
+    number may call `forward` at once.
+
+    Raises:
+        ValueError: an unknown dtype, a size below 1, rows that the layer does not have.
+        MemoryError: no room for the weights.
+    """
+
+    def __init__(self, out_features: int, in_features: int, dtype: str) -> None: ...
+    def fill(self, first_row: int, num_rows: int, source: int, row_stride: int, source_dtype: str) -> None:
+        """Pack rows [first_row, first_row + num_rows) from [num_rows, in_features] of any dtype at `source`."""
+
+    def set_bias(self, source: int, source_dtype: str) -> None:
+        """Add [out_features] to every result; kept as float32."""
+
+    def forward(
+        self,
+        x: int,
+        num_rows: int,
+        x_stride: int,
+        out: int,
+        out_stride: int,
+        out_dtype: str,
+        batch_invariant: bool = False,
+    ) -> None:
+        """out [num_rows, out_features] = x [num_rows, in_features] @ weights.T + bias.
+
+        `out_dtype` is "float32" or the layer's dtype. A row of the result has the same bits whatever the other rows and
+        the number of threads are; whatever `num_rows` is, too, in float32 and float16, and in bfloat16 with
+        `batch_invariant`.
+        """
+
+    def unpack(self, first_row: int, num_rows: int, out: int) -> None:
+        """Write rows of the weights to `out`: [num_rows, in_features] of the layer's dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights, padding included."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+
 # -- attention ------------------------------------------------------------------------------------------------------
 
 # -- elementwise and sampling ---------------------------------------------------------------------------------------

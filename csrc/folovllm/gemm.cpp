@@ -1,0 +1,100 @@
+#include "gemm.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "cpu_features.h"
+#include "thread_pool.h"
+
+namespace folovllm {
+namespace {
+
+// More rows than this are taken in turns, which bounds the memory for prepared activations; weights are read again
+// each turn, at a small part of the time that so many rows take.
+constexpr std::int64_t kMaxRows = 1024;
+// Weights per piece of work: long enough to stream and to be worth handing out, short enough to share out evenly.
+constexpr std::int64_t kPieceBytes = 256 << 10;
+constexpr std::int64_t kPiecesPerThread = 8;
+// Panels that kernels take together.
+constexpr std::int64_t kPanelStep = 4;
+
+struct Free {
+  void operator()(std::byte* data) const { std::free(data); }
+};
+
+// Memory for prepared activations, one per calling thread, kept from call to call.
+std::byte* scratch(std::int64_t num_bytes) {
+  thread_local std::unique_ptr<std::byte, Free> data;
+  thread_local std::int64_t size = 0;
+  if (num_bytes > size) {
+    data.reset();
+    size = 0;
+    const std::size_t rounded = (static_cast<std::size_t>(num_bytes) + 4095) / 4096 * 4096;
+    data.reset(static_cast<std::byte*>(std::aligned_alloc(4096, rounded)));
+    if (data == nullptr) throw std::bad_alloc();
+    size = static_cast<std::int64_t>(rounded);
+  }
+  return data.get();
+}
+
+std::int64_t panels_per_piece(const Gemm& gemm, std::int64_t num_panels, std::int64_t num_row_pieces) {
+  const std::int64_t by_size = kPieceBytes / gemm.panel_bytes;
+  const std::int64_t by_share = num_panels * num_row_pieces / (kPiecesPerThread * num_threads());
+  const std::int64_t wanted = std::max<std::int64_t>(std::min(by_size, by_share), 1);
+  return (wanted + kPanelStep - 1) / kPanelStep * kPanelStep;
+}
+
+void run_rows(const Gemm& gemm, const GemmKernel& kernel) {
+  std::byte* prepared = nullptr;
+  if (const std::int64_t num_bytes = kernel.prepared_bytes(gemm); num_bytes > 0) {
+    prepared = scratch(num_bytes);
+    constexpr std::int64_t kRowsAtOnce = 16;
+    const std::int64_t num_tiles = (gemm.num_rows + kRowsAtOnce - 1) / kRowsAtOnce;
+    // A few rows are sooner done than handed out.
+    parallel_for(num_tiles, 2, [&](std::int64_t begin, std::int64_t end) {
+      kernel.prepare(gemm, {begin * kRowsAtOnce, std::min(end * kRowsAtOnce, gemm.num_rows)}, prepared);
+    });
+  }
+  const std::int64_t num_panels = (gemm.out_features + kPanelWidth - 1) / kPanelWidth;
+  const std::int64_t num_row_pieces = (gemm.num_rows + kernel.rows_per_piece - 1) / kernel.rows_per_piece;
+  const std::int64_t step = panels_per_piece(gemm, num_panels, num_row_pieces);
+  const std::int64_t num_panel_pieces = (num_panels + step - 1) / step;
+  parallel_for(num_row_pieces * num_panel_pieces, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t piece = begin; piece < end; ++piece) {
+      const std::int64_t row = piece / num_panel_pieces * kernel.rows_per_piece;
+      const std::int64_t panel = piece % num_panel_pieces * step;
+      kernel.compute(gemm, prepared, {row, std::min(row + kernel.rows_per_piece, gemm.num_rows)},
+                     {panel, std::min(panel + step, num_panels)});
+    }
+  });
+}
+
+}  // namespace
+
+const GemmKernel& choose_gemm(DType dtype, std::int64_t num_rows, bool batch_invariant) {
+  (void)num_rows;
+  (void)batch_invariant;
+#if defined(__x86_64__)
+  const Isa isa = current_isa();
+  if (dtype == DType::kBFloat16 && isa >= Isa::kAmx) return gemm_amx();
+  if (dtype == DType::kBFloat16 && isa >= Isa::kAvx512Bf16) return gemm_avx512_bf16();
+  if (isa >= Isa::kAvx512) return gemm_avx512(dtype);
+  if (isa >= Isa::kAvx2) return gemm_avx2(dtype);
+#endif
+  return gemm_portable(dtype);
+}
+
+void run_gemm(const Gemm& gemm, const GemmKernel& kernel) {
+  const auto row_bytes = [](std::int64_t stride, DType dtype) { return stride * static_cast<std::int64_t>(size_of(dtype)); };
+  for (std::int64_t row = 0; row < gemm.num_rows; row += kMaxRows) {
+    Gemm part = gemm;
+    part.num_rows = std::min(kMaxRows, gemm.num_rows - row);
+    part.x += row * row_bytes(gemm.x_stride, gemm.dtype);
+    part.out += row * row_bytes(gemm.out_stride, gemm.out_dtype);
+    run_rows(part, kernel);
+  }
+}
+
+}  // namespace folovllm
