@@ -1,0 +1,1 @@
+"""What engine comparisons share: the checkpoint, the processes under test, the machine's limits, vLLM's environment."""

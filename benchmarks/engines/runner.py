@@ -1,0 +1,92 @@
+"""One engine in a process of its own, driven by JSON lines on its standard input.
+
+    python -m benchmarks.engines.runner folovllm|vllm MODEL '{"num_threads": 2, ...}'
+    <- {"ready": true}
+    -> {"prompts": [[1, 2, ...], ...], "max_tokens": 16 or [16, 20, ...]}
+    <- {"seconds": 1.25, "num_output_tokens": 128}
+    -> {"reset": true}
+    <- {"reset": true}
+
+It imports nothing of the other files here: it also runs under the interpreter of the engine it is compared with.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import_started = time.perf_counter()
+
+
+def make_vllm(model: str, options: dict[str, Any]) -> Any:
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options["kv_cache_gb"])
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no process between us and the engine, on either side
+    from vllm import LLM
+
+    return LLM(
+        model,
+        dtype=options["dtype"],
+        skip_tokenizer_init=True,
+        max_model_len=options["max_model_len"],
+        max_num_seqs=options["max_num_seqs"],
+        max_num_batched_tokens=options["max_num_batched_tokens"],
+        enable_prefix_caching=options["prefix_caching"],
+        disable_log_stats=True,
+        seed=0,
+    )
+
+
+def make_folovllm(model: str, options: dict[str, Any]) -> Any:
+    from folovllm.entrypoints.llm import LLM
+
+    return LLM(
+        model,
+        dtype=options["dtype"],
+        skip_tokenizer_init=True,
+        max_model_len=options["max_model_len"],
+        max_num_seqs=options["max_num_seqs"],
+        max_num_batched_tokens=options["max_num_batched_tokens"],
+        enable_prefix_caching=options["prefix_caching"],
+        kv_cache_memory_gb=options["kv_cache_gb"],
+        num_threads=options["num_threads"],
+        **options.get("extra", {}),
+    )
+
+
+def generate(engine: str, llm: Any, prompts: list[list[int]], max_tokens: int | list[int]) -> dict[str, float]:
+    if engine == "vllm":
+        from vllm import SamplingParams
+
+        inputs: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
+        extra = {"use_tqdm": False}
+        options = {"detokenize": False}
+    else:
+        from folovllm.sampling_params import SamplingParams
+
+        inputs, extra, options = prompts, {}, {}
+    lengths = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+    params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, **options) for n in lengths]
+    start = time.perf_counter()
+    outputs = llm.generate(inputs, params, **extra)
+    taken = time.perf_counter() - start
+    return {"seconds": taken, "num_output_tokens": sum(len(output.outputs[0].token_ids) for output in outputs)}
+
+
+def main() -> None:
+    engine, model, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what engines print is not an answer
+    llm = (make_vllm if engine == "vllm" else make_folovllm)(model, options)
+    answers.write(json.dumps({"ready": True}) + "\n")
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "reset" in request:
+            answers.write(json.dumps({"reset": bool(llm.reset_prefix_cache())}) + "\n")
+        else:
+            answers.write(json.dumps(generate(engine, llm, request["prompts"], request["max_tokens"])) + "\n")
+
+
+if __name__ == "__main__":
+    main()
