@@ -40,8 +40,7 @@ class StructuredOutputsParams(
     """For `json`: objects of the schema that do not say otherwise have the properties they name and no others."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.choice, list):
-            msgspec.structs.force_setattr(self, "choice", tuple(self.choice))
+        _make_tuple(self, "choice")
         kinds = ("json", "regex", "choice", "grammar", "json_object")
         given = [name for name in kinds if getattr(self, name) not in (None, False)]
         if len(given) != 1:
@@ -149,13 +148,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise InvalidRequestError(f"bad sampling option: {error}") from error
 
     def _normalise(self) -> None:
-        # Built by hand these may be lists, or a single text, which must not be read as a list of characters.
         for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                msgspec.structs.force_setattr(self, name, (value,))
-            elif value is not None and not isinstance(value, tuple):
-                msgspec.structs.force_setattr(self, name, tuple(value))
+            _make_tuple(self, name)
 
     def _check_probabilities(self) -> None:
         _require(1 <= self.n <= MAX_N, "n", self.n, f"an integer from 1 to {MAX_N}")
@@ -189,6 +183,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             allowed,
             "a list of at least one token id",
         )
+
+
+def _make_tuple(params: msgspec.Struct, name: str) -> None:
+    """What was built by hand may hold a list, or a single text, which must not be read as a list of characters."""
+    value = getattr(params, name)
+    if isinstance(value, str):
+        msgspec.structs.force_setattr(params, name, (value,))
+    elif value is not None and not isinstance(value, tuple):
+        msgspec.structs.force_setattr(params, name, tuple(value))
 
 
 def _is_token_id(token: object) -> bool:

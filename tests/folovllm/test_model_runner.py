@@ -156,7 +156,7 @@ def test_input_batch_agrees_with_a_model_under_random_changes():
             assert batch.req_ids[row] == req_id
             assert batch.token_ids[row, : batch.num_tokens[row]].tolist() == tokens
             assert batch.block_table[row, : batch.num_blocks[row]].tolist() == blocks
-            assert (batch.top_k[row], batch.seeds[row], batch.masked_token_ids[row][0]) == (
+            assert (batch.top_k[row], batch.seeds[row], batch.states[row].masked_token_ids[0]) == (
                 params.top_k,
                 params.seed,
                 params.seed,

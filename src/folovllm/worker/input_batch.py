@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from folovllm.sample.logits_processor.interface import LogitsState, ProcessedRow
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sampling_params import SamplingParams
+from folovllm.worker.prompt_logprobs import PromptLogprobs
 
 Rows = npt.NDArray[np.int64]
 
@@ -25,6 +27,16 @@ class CachedRequestState:
     """Its own, or one drawn from the engine's stream."""
     masked_token_ids: npt.NDArray[np.int64]
     """May not be drawn before `min_tokens`."""
+    logits_state: LogitsState | None = None
+    """There when some logits processor works on it."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """There when it asks for them."""
+
+    @property
+    def num_logprobs(self) -> int:
+        """How many of the most likely tokens to report with each output token; -1: nothing."""
+        number = self.sampling_params.logprobs
+        return -1 if number is None else number
 
 
 class InputBatch:
@@ -33,7 +45,12 @@ class InputBatch:
     def __init__(self, max_num_reqs: int, max_model_len: int, block_size: int) -> None:
         self.req_ids: list[str] = []
         self.row_of: dict[str, int] = {}
-        self.masked_token_ids: list[npt.NDArray[np.int64]] = []
+        self.states: list[CachedRequestState] = []
+        """By row."""
+        # Rows with the rarer options: without any a step skips what they need.
+        self.num_processed = 0
+        self.num_with_prompt_logprobs = 0
+        self._num_min_p = self._num_with_logprobs = 0
         # One more than the context: the last token may still be sampled there. Untouched pages cost nothing.
         self.token_ids = np.zeros((max_num_reqs, max_model_len + 1), dtype=np.int32)
         self.block_table = np.zeros((max_num_reqs, -(-max_model_len // block_size)), dtype=np.int32)
@@ -44,6 +61,8 @@ class InputBatch:
         self.temperature = np.zeros(max_num_reqs, dtype=np.float32)
         self.top_k = np.zeros(max_num_reqs, dtype=np.int64)
         self.top_p = np.ones(max_num_reqs, dtype=np.float32)
+        self.min_p = np.zeros(max_num_reqs, dtype=np.float32)
+        self.num_logprobs = np.zeros(max_num_reqs, dtype=np.int64)
         self.min_tokens = np.zeros(max_num_reqs, dtype=np.int64)
         self.seeds = np.zeros(max_num_reqs, dtype=np.uint64)
         self._arrays = [value for value in vars(self).values() if isinstance(value, np.ndarray)]
@@ -57,7 +76,8 @@ class InputBatch:
         assert row < len(self.num_tokens), "more running requests than max_num_seqs"
         self.req_ids.append(state.req_id)
         self.row_of[state.req_id] = row
-        self.masked_token_ids.append(state.masked_token_ids)
+        self.states.append(state)
+        self._count_options(state, 1)
         params = state.sampling_params
         self.token_ids[row, : len(token_ids)] = token_ids
         self.num_tokens[row] = len(token_ids)
@@ -67,9 +87,13 @@ class InputBatch:
         self.temperature[row] = 0.0 if params.is_greedy else params.temperature
         self.top_k[row] = max(params.top_k, 0)
         self.top_p[row] = params.top_p
+        self.min_p[row] = params.min_p
+        self.num_logprobs[row] = state.num_logprobs
         self.min_tokens[row] = params.min_tokens
         self.seeds[row] = state.seed
         self.append_blocks(row, block_ids)
+        if state.logits_state is not None:
+            state.logits_state.sync(token_ids[state.num_prompt_tokens :])
 
     def append_blocks(self, row: int, block_ids: list[int]) -> None:
         """Extend the row's block table."""
@@ -82,11 +106,12 @@ class InputBatch:
         row = self.row_of.pop(req_id, None)
         if row is None:
             return
-        last_req_id, last_masked = self.req_ids.pop(), self.masked_token_ids.pop()
+        self._count_options(self.states[row], -1)
+        last_req_id, last_state = self.req_ids.pop(), self.states.pop()
         last = len(self.req_ids)
         if row == last:
             return
-        self.req_ids[row], self.masked_token_ids[row] = last_req_id, last_masked
+        self.req_ids[row], self.states[row] = last_req_id, last_state
         self.row_of[last_req_id] = row
         num_tokens, num_blocks = int(self.num_tokens[last]), int(self.num_blocks[last])
         self.token_ids[row, :num_tokens] = self.token_ids[last, :num_tokens]
@@ -99,12 +124,16 @@ class InputBatch:
         """Add one sampled token to each of `rows`."""
         self.token_ids[rows, self.num_tokens[rows]] = token_ids
         self.num_tokens[rows] += 1
+        if self.num_processed:
+            for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
+                if (state := self.states[row].logits_state) is not None:
+                    state.append(token_id)
 
     def sampling_metadata(self, rows: Rows) -> SamplingMetadata:
         """The options of the rows that sample in this step, in their order."""
         positions = self.num_tokens[rows] - self.num_prompt_tokens[rows]
         masked = np.flatnonzero(positions < self.min_tokens[rows])
-        ids = [self.masked_token_ids[rows[i]] for i in masked]
+        ids = [self.states[rows[i]].masked_token_ids for i in masked]
         return SamplingMetadata(
             temperature=self.temperature[rows],
             top_k=self.top_k[rows],
@@ -113,4 +142,26 @@ class InputBatch:
             output_positions=positions,
             masked_rows=np.repeat(masked, [len(x) for x in ids]) if ids else masked,
             masked_token_ids=np.concatenate(ids) if ids else masked,
+            min_p=self.min_p[rows] if self._num_min_p else None,
+            processed=self._processed(rows) if self.num_processed else (),
+            num_logprobs=self._wanted_logprobs(rows) if self._num_with_logprobs else None,
         )
+
+    def _processed(self, rows: Rows) -> list[ProcessedRow]:
+        processed = []
+        for index, row in enumerate(rows.tolist()):
+            state = self.states[row].logits_state
+            if state is not None:
+                output = self.token_ids[row, self.num_prompt_tokens[row] : self.num_tokens[row]]
+                processed.append(ProcessedRow(index, state, output))
+        return processed
+
+    def _wanted_logprobs(self, rows: Rows) -> npt.NDArray[np.int64] | None:
+        wanted = self.num_logprobs[rows]
+        return wanted if (wanted >= 0).any() else None
+
+    def _count_options(self, state: CachedRequestState, change: int) -> None:
+        self.num_processed += change * (state.logits_state is not None)
+        self.num_with_prompt_logprobs += change * (state.prompt_logprobs is not None)
+        self._num_min_p += change * (state.sampling_params.min_p > 0.0)
+        self._num_with_logprobs += change * (state.num_logprobs >= 0)

@@ -14,14 +14,14 @@ from folovllm.attention.backends.abstract import AttentionMetadata
 from folovllm.attention.selector import select_backend
 from folovllm.config import EngineConfig
 from folovllm.core.kv_connector import KVConnector
-from folovllm.core.sched.output import ModelRunnerOutput, NewRequestData, SchedulerOutput
+from folovllm.core.sched.output import ModelRunnerOutput, SchedulerOutput
 from folovllm.model_executor.forward_context import ForwardContext
 from folovllm.model_executor.loader import load_model
 from folovllm.model_executor.parallel import TensorParallel
-from folovllm.sample.sampler import Sampler
 from folovllm.worker.buffers import StagingBuffer
 from folovllm.worker.connector_step import run_with_connector
 from folovllm.worker.input_batch import CachedRequestState, InputBatch, Rows
+from folovllm.worker.sampling_step import SamplingStep
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +63,10 @@ class ModelRunner:
             for layer in self.model.attention_layers()
         }
         self.connector: KVConnector | None = None
-        self.sampler = Sampler()
         self.requests: dict[str, CachedRequestState] = {}
         limits = config.scheduler_config
         self.input_batch = InputBatch(limits.max_num_seqs, model_config.max_model_len, self.block_size)
-        self._seed_stream = np.random.default_rng(model_config.seed)
+        self.sampling = SamplingStep(config, self.model, self.input_batch)
         self._make_buffers(limits.max_num_seqs, limits.max_num_batched_tokens)
         logger.info("runner ready device=%s backend=%s num_kv_blocks=%d", self.device, self.backend.name, shape[0])
 
@@ -94,13 +93,15 @@ class ModelRunner:
         step = self._prepare_inputs(scheduler_output) if scheduler_output.total_num_scheduled_tokens else None
         context = ForwardContext(step.attn_metadata if step else None, self.kv_caches, self.connector)
         if self.connector is None:
-            return ModelRunnerOutput(self._sample(step, self._forward(step, context), set()) if step else {})
+            return self._sample(step, self._forward(step, context), set()) if step else ModelRunnerOutput({})
         hidden, report = run_with_connector(
             self.connector, scheduler_output, context, lambda: self._forward(step, context) if step else None
         )
         if step is None or hidden is None:
             return ModelRunnerOutput({}, report)
-        return ModelRunnerOutput(self._sample(step, hidden, report.invalid_block_ids), report)
+        output = self._sample(step, hidden, report.invalid_block_ids)
+        output.kv_connector_output = report
+        return output
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> None:
         batch = self.input_batch
@@ -111,7 +112,7 @@ class ModelRunner:
             batch.remove(req_id)
         for new in scheduler_output.scheduled_new_reqs:
             batch.remove(new.req_id)
-            state = self.requests[new.req_id] = self._remember(new)
+            state = self.requests[new.req_id] = self.sampling.remember(new)
             batch.add(state, new.prompt_token_ids, new.block_ids, new.num_computed_tokens)
         for cached in scheduler_output.scheduled_cached_reqs:
             if cached.resumed_from_preemption:
@@ -124,17 +125,6 @@ class ModelRunner:
                 batch.num_computed_tokens[row] = cached.num_computed_tokens
                 if cached.block_ids:
                     batch.append_blocks(row, cached.block_ids)
-
-    def _remember(self, new: NewRequestData) -> CachedRequestState:
-        params = new.sampling_params
-        masked = np.unique(np.array([*new.eos_token_ids, *params.stop_token_ids], dtype=np.int64))
-        return CachedRequestState(
-            req_id=new.req_id,
-            num_prompt_tokens=len(new.prompt_token_ids),
-            sampling_params=params,
-            seed=int(self._seed_stream.integers(2**63)) if params.seed is None else params.seed,
-            masked_token_ids=masked[masked < self.config.model_config.get_vocab_size()],
-        )
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput) -> StepInputs:
         """Lay the scheduled tokens of all requests end to end.
@@ -185,21 +175,6 @@ class ModelRunner:
     def _forward(self, step: StepInputs, context: ForwardContext) -> torch.Tensor:
         return self.model(step.input_ids, step.positions, context)
 
-    def _sample(self, step: StepInputs, hidden: torch.Tensor, invalid_block_ids: set[int]) -> dict[str, list[int]]:
-        if len(step.samples) == 0:
-            return {}
-        batch, rows = self.input_batch, step.rows[step.samples]
-        logits = self.model.compute_logits(hidden[step.logits_indices])
-        sampled = self.sampler.sample(logits, batch.sampling_metadata(rows)).cpu().numpy()
-        if invalid_block_ids:
-            valid = self._rows_without(rows, invalid_block_ids)
-            rows, sampled = rows[valid], sampled[valid]
-        batch.append_tokens(rows, sampled)
-        return {batch.req_ids[row]: [token] for row, token in zip(rows.tolist(), sampled.tolist(), strict=True)}
-
-    def _rows_without(self, rows: Rows, invalid_block_ids: set[int]) -> Rows:
-        """Indices into `rows` of the requests that hold none of the blocks."""
-        batch = self.input_batch
-        used = np.arange(batch.block_table.shape[1]) < batch.num_blocks[rows][:, None]
-        hit = np.isin(batch.block_table[rows], list(invalid_block_ids)) & used
-        return np.flatnonzero(~hit.any(axis=1))
+    def _sample(self, step: StepInputs, hidden: torch.Tensor, invalid_block_ids: set[int]) -> ModelRunnerOutput:
+        starts = step.attn_metadata.query_start_loc_cpu
+        return self.sampling.run(hidden, step.rows, starts, step.samples, step.logits_indices, invalid_block_ids)
