@@ -7,6 +7,7 @@
 #include <string_view>
 
 namespace folovllm {
+inline namespace formats {
 
 enum class DType : std::uint8_t { kFloat32, kBFloat16, kFloat16 };
 
@@ -75,4 +76,5 @@ decltype(auto) with_type(DType dtype, F&& function) {
   return function(Float16{});
 }
 
+}  // namespace formats
 }  // namespace folovllm
