@@ -61,8 +61,10 @@ class Request:
         "num_cached_tokens",
         "num_computed_tokens",
         "num_external_cached_tokens",
+        "num_output_placeholders",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_steps_in_flight",
         "priority",
         "prompt_token_ids",
         "request_id",
@@ -87,7 +89,11 @@ class Request:
         self.status = RequestStatus.WAITING
         self.stop_reason: int | str | None = None
         self.num_computed_tokens = 0
-        """Tokens whose KV is in the blocks, or is being written by the step or the load under way."""
+        """Tokens whose KV is in the blocks, or is being written by the steps or the load under way."""
+        self.num_output_placeholders = 0
+        """Tokens that steps in flight sample. Without asynchronous scheduling there are none between two steps."""
+        self.num_steps_in_flight = 0
+        """Steps that compute it and whose result is not in: until then its blocks stay its own."""
         self.num_preemptions = 0
         self.num_cached_tokens: int | None = None
         """Prompt tokens that were not computed, external ones included; None until first scheduled."""
@@ -117,6 +123,15 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and output tokens."""
         return len(self._all_token_ids)
+
+    @property
+    def num_tokens_with_placeholders(self) -> int:
+        """Prompt and output tokens, those included that steps in flight sample."""
+        return len(self._all_token_ids) + self.num_output_placeholders
+
+    def get_rank(self) -> tuple[int, float, str]:
+        """Its place under the priority policy: the lowest goes first, the highest is preempted first."""
+        return self.priority, self.arrival_time, self.request_id
 
     @property
     def num_output_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,24 @@ MODEL_CONFIG = {
 
 
 class FakeExecutor(Executor):
-    """The fake runner as an executor."""
+    """The fake runner as an executor, in a thread of its own."""
 
     def __init__(self, log: list[str] | None = None) -> None:
         self.runner = FakeRunner(BLOCK_SIZE)
         self.log = log if log is not None else []
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fake-worker")
 
-    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Future[ModelRunnerOutput]:
+        return self._worker.submit(self._run, scheduler_output)
+
+    def shutdown(self) -> None:
+        self._worker.shutdown()
+        self.log.append("executor")
+
+    def _run(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
         if any(POISON in new.prompt_token_ids for new in scheduler_output.scheduled_new_reqs):
             raise RuntimeError("the model met poison")
         return self.runner.execute_model(scheduler_output)
-
-    def shutdown(self) -> None:
-        self.log.append("executor")
 
 
 class ConfiguredConnector(FakeConnector):

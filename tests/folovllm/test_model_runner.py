@@ -248,7 +248,7 @@ def test_connector_hooks_come_in_order_around_the_layers(connected):
 
 def test_connector_hooks_are_called_on_steps_without_tokens(connected):
     executor, connector, _ = connected
-    output = executor.execute_model(SchedulerOutput([], [], {}, 0, {"gone"}, set(), "meta"))
+    output = executor.execute_model(SchedulerOutput([], [], {}, 0, {"gone"}, set(), "meta")).result()
     names = [call[0] for call in connector.calls]
     assert names == ["bind", "start_load", "wait_save", "finished", "errors", "clear"]
     assert connector.calls[3] == ("finished", frozenset({"gone"}))
@@ -288,4 +288,4 @@ def test_shutdown_releases_the_connector_once(connected):
 
 def test_executor_without_connector_reports_none(checkpoint):
     executor = create_executor(EngineArgs(model=str(checkpoint(NAME)), device="cpu", num_kv_blocks=8).resolve())
-    assert executor.execute_model(SchedulerOutput([], [], {}, 0, set(), set())).kv_connector_output is None
+    assert executor.execute_model(SchedulerOutput([], [], {}, 0, set(), set())).result().kv_connector_output is None

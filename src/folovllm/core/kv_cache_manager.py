@@ -121,7 +121,8 @@ class KVCacheManager:
             self._num_cached_blocks[request.request_id] = len(hit)
         self._req_to_blocks.setdefault(request.request_id, held).extend((*hit, *new_blocks))
         if not delay_cache_blocks:
-            self.cache_blocks(request, num_tokens)
+            # What a step in flight is yet to sample has no hash; see Scheduler.update_from_output.
+            self.cache_blocks(request, min(num_tokens, request.num_tokens))
         return KVCacheBlocks(tuple(new_blocks))
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:

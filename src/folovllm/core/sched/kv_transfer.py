@@ -61,14 +61,14 @@ class KVTransfers:
         self._held: dict[str, tuple[Request, set[_Transfer]]] = {}
 
     @property
-    def num_loading(self) -> int:
-        """Asynchronous loads under way."""
-        return len(self._loading)
-
-    @property
     def held_request_ids(self) -> set[str]:
         """Finished requests that still hold blocks."""
         return set(self._held)
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether blocks are kept or requests wait for the connector."""
+        return bool(self._loading or self._held)
 
     def is_loading(self, request: Request) -> bool:
         """Whether an asynchronous load still writes the request's blocks."""
@@ -112,8 +112,6 @@ class KVTransfers:
 
     def on_worker_report(self, output: KVConnectorOutput) -> set[str]:
         """Take note of the transfers that ended; returns the ids whose load ended and that are not finished."""
-        if self.connector is not None:
-            self.connector.update_connector_output(output)
         loaded = set()
         for request_id in output.finished_recving:
             if request_id not in self._loading:

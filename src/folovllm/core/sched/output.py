@@ -83,6 +83,12 @@ class SchedulerOutput:
     kv_connector_metadata: Any = None
     """Opaque to all but the connector's worker half."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it tells the runner nothing; then it need not be run."""
+        told = self.num_scheduled_tokens or self.finished_req_ids or self.preempted_req_ids
+        return not told and self.kv_connector_metadata is None
+
 
 @dataclass(slots=True)
 class KVConnectorOutput:
