@@ -1,6 +1,7 @@
 """The asynchronous engine: front end on an asyncio loop, core in a child process. Mirrors vllm's async_llm.py."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -12,9 +13,10 @@ from folovllm.engine.arg_utils import EngineArgs, resolve_checkpoint
 from folovllm.engine.core_client import MAX_REQUESTS_IN_FLIGHT, EngineOverloadedError, ProcClient
 from folovllm.engine.core_handle import EngineCoreHandle, start_engine_core
 from folovllm.engine.messages import EngineCoreOutputs, EngineCoreRequest
-from folovllm.engine.output_processor import Accumulator, OutputProcessor, RequestDelta, RequestState
+from folovllm.engine.output_processor import OutputProcessor, RequestDelta, RequestState
+from folovllm.engine.parallel_sampling import ParentRequest, fan_out
 from folovllm.engine.processor import Limits, Processor, PromptType
-from folovllm.errors import EngineDeadError, ModelLoadError
+from folovllm.errors import EngineDeadError, InvalidRequestError, ModelLoadError
 from folovllm.metrics.stats import EngineMetrics
 from folovllm.outputs import RequestOutput
 from folovllm.sampling_params import SamplingParams
@@ -158,13 +160,16 @@ class AsyncLLM:
         )
 
     def open(self, request: EngineCoreRequest, prompt: str | None = None) -> RequestStream:
-        """Send a request to the core; the stream must be closed.
+        """Send a request of one sequence (see `fan_out`) to the core; the stream must be closed.
 
         Raises:
+            InvalidRequestError: it has several.
             EngineDeadError: the core is dead.
             EngineOverloadedError: too many requests are in flight.
         """
         self.check_health()
+        if request.sampling_params.n != 1:
+            raise InvalidRequestError(f"n={request.sampling_params.n} is not possible in one stream; open one for each")
         if len(self._outputs) >= MAX_REQUESTS_IN_FLIGHT:
             raise EngineOverloadedError(f"{MAX_REQUESTS_IN_FLIGHT} requests are in flight; try again later")
         if not len(self._outputs):
@@ -198,10 +203,20 @@ class AsyncLLM:
         request = self.processor.make_request(
             token_ids, sampling_params, request_id=request_id, cache_salt=cache_salt, priority=priority
         )
-        accumulator = Accumulator()
-        with self.open(request, prompt if isinstance(prompt, str) else None) as stream:
-            async for delta in stream:
-                yield stream.state.snapshot(accumulator.add(delta))
+        wake = asyncio.Event()
+        with contextlib.ExitStack() as streams:
+            states = []
+            for child in fan_out(request):
+                stream = streams.enter_context(self.open(child, prompt if isinstance(prompt, str) else None))
+                stream.state.on_ready = wake.set
+                states.append(stream.state)
+            parent, output = ParentRequest(request.request_id, states), None
+            while output is None or not output.finished:
+                wake.clear()
+                if (output := parent.take()) is None:
+                    await wake.wait()
+                else:
+                    yield output
 
     async def reset_prefix_cache(self, reset_connector: bool = False) -> bool:
         """Drop the device's prefix cache, and the connector's store too when told to; False when it is in use.

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.core_client import InprocClient
-from folovllm.engine.messages import SchedulerStats
-from folovllm.engine.output_processor import OutputProcessor, RequestState
+from folovllm.engine.messages import EngineCoreRequest, SchedulerStats
+from folovllm.engine.output_processor import OutputProcessor
+from folovllm.engine.parallel_sampling import ParentRequest, fan_out
 from folovllm.engine.processor import Limits, Processor, PromptType
 from folovllm.metrics.stats import CacheStats
 from folovllm.sampling_params import SamplingParams
@@ -47,8 +48,8 @@ class LLMEngine:
         params: Sequence[SamplingParams],
         cache_salt: str | None = None,
         priorities: Sequence[int] | None = None,
-    ) -> list[RequestState]:
-        """Queue one request per prompt: all of them, or none when one is not valid.
+    ) -> list[ParentRequest]:
+        """Queue the requests of each prompt, `n` of them: all, or none when one is not valid.
 
         `priorities`: one per prompt, lower goes first; None: 0 for all.
 
@@ -60,11 +61,10 @@ class LLMEngine:
             make(tokenize(prompt), options, cache_salt=cache_salt, priority=priority)
             for prompt, options, priority in zip(prompts, params, priorities or [0] * len(prompts), strict=True)
         ]
-        states = []
-        for request, prompt in zip(requests, prompts, strict=True):
-            self._client.add_request(request)
-            states.append(self._outputs.add_request(request, prompt if isinstance(prompt, str) else None))
-        return states
+        return [
+            self._add(request, prompt if isinstance(prompt, str) else None)
+            for request, prompt in zip(requests, prompts, strict=True)
+        ]
 
     def step(self) -> None:
         """Compute one step and deliver what it produced."""
@@ -72,8 +72,9 @@ class LLMEngine:
         self._stats = outputs.scheduler_stats or self._stats
         self._abort_in_core(self._outputs.process(outputs))
 
-    def abort(self, states: Sequence[RequestState]) -> None:
-        """Forget those that are still going."""
+    def abort(self, requests: Sequence[ParentRequest]) -> None:
+        """Forget what is still going of these."""
+        states = [state for request in requests for state in request.states]
         self._abort_in_core([state.request_id for state in states if self._outputs.abort(state.request_id)])
 
     def reset_prefix_cache(self, reset_connector: bool = False) -> bool:
@@ -89,6 +90,13 @@ class LLMEngine:
     def shutdown(self) -> None:
         """Release the model and the cache."""
         self._client.shutdown()
+
+    def _add(self, request: EngineCoreRequest, prompt: str | None) -> ParentRequest:
+        states = []
+        for child in fan_out(request):
+            self._client.add_request(child)
+            states.append(self._outputs.add_request(child, prompt))
+        return ParentRequest(request.request_id, states)
 
     def _abort_in_core(self, request_ids: list[str]) -> None:
         if request_ids:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from folovllm.engine.detokenizer import IncrementalDetokenizer
+from folovllm.engine.logprobs import to_position_logprobs
 from folovllm.engine.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from folovllm.metrics.stats import EngineMetrics
-from folovllm.outputs import CompletionOutput, PositionLogprobs, RequestMetrics, RequestOutput
+from folovllm.outputs import CompletionOutput, PositionLogprobs, RequestMetrics
 from folovllm.transformers_utils.tokenizer import Tokenizer
 
 
@@ -39,7 +40,7 @@ class RequestDelta:
 class RequestState:
     """One request between its arrival and its last delta, with its mailbox. Used by one thread."""
 
-    def __init__(self, request: EngineCoreRequest, prompt: str | None, detokenizer: IncrementalDetokenizer | None):
+    def __init__(self, request: EngineCoreRequest, prompt: str | None = None, tokenizer: Tokenizer | None = None):
         self.request_id = request.request_id
         self.prompt = prompt
         self.prompt_token_ids = request.prompt_token_ids
@@ -51,7 +52,13 @@ class RequestState:
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
         self.on_ready: Callable[[], None] = _nothing
         """Called after something was put into the mailbox."""
-        self._detokenizer = detokenizer
+        self._eos_token_ids = request.eos_token_ids
+        self._tokenizer = tokenizer
+        self._detokenizer = None
+        if tokenizer is not None:
+            self._detokenizer = IncrementalDetokenizer.create(
+                tokenizer, request.sampling_params, request.prompt_token_ids
+            )
         self._mailbox: RequestDelta | None = None
         self._error: Exception | None = None
         self.finished = False
@@ -62,6 +69,8 @@ class RequestState:
         if self.num_output_tokens == 0:
             self.num_cached_tokens = output.num_cached_tokens
             self.num_external_cached_tokens = output.num_external_cached_tokens
+        if output.new_prompt_logprobs is not None:
+            self.prompt_logprobs = [None, *to_position_logprobs(output.new_prompt_logprobs, self._tokenizer)]
         delta = self._detokenize(output)
         self.num_output_tokens += len(delta.token_ids)
         if self._mailbox is None:
@@ -87,53 +96,61 @@ class RequestState:
         delta, self._mailbox = self._mailbox, None
         return delta
 
-    def snapshot(self, completion: CompletionOutput) -> RequestOutput:
-        """What users see of this request, `completion` being its sequence so far."""
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=[completion],
-            num_cached_tokens=self.num_cached_tokens,
-            num_external_cached_tokens=self.num_external_cached_tokens,
-            metrics=self.metrics,
-        )
-
     def _detokenize(self, output: EngineCoreOutput) -> RequestDelta:
         delta = RequestDelta(
             token_ids=list(output.new_token_ids), finish_reason=output.finish_reason, stop_reason=output.stop_reason
         )
+        if output.new_logprobs is not None:
+            delta.logprobs = to_position_logprobs(output.new_logprobs, self._tokenizer)
         if self._detokenizer is None:
             return delta
-        # The token that ended the request (end of sequence, or a stop token) is no part of its text.
-        shown = delta.token_ids[:-1] if output.finish_reason == "stop" else delta.token_ids
+        shown = delta.token_ids[:-1] if self._ended_by_token(output) else delta.token_ids
         for index, token_id in enumerate(shown):
             text, stop = self._detokenizer.update(token_id)
             delta.text += text
             if stop is not None:
                 delta.token_ids = delta.token_ids[: index + 1]
+                if delta.logprobs is not None:
+                    delta.logprobs = delta.logprobs[: index + 1]
                 delta.finish_reason, delta.stop_reason = "stop", stop
                 return delta
         if output.finish_reason is not None:
             delta.text += self._detokenizer.finish()
         return delta
 
+    def _ended_by_token(self, output: EngineCoreOutput) -> bool:
+        """Whether the last token is an end of sequence or a stop token: such a one is no part of the text.
+
+        A request whose grammar has come to its end ends with a token like any other.
+        """
+        if output.finish_reason != "stop" or not output.new_token_ids:
+            return False
+        return output.stop_reason is not None or output.new_token_ids[-1] in self._eos_token_ids
+
 
 class Accumulator:
     """Adds deltas up to the sequence so far, for callers who want all of it each time."""
 
-    def __init__(self) -> None:
-        self.completion = CompletionOutput(index=0, text="", token_ids=[])
+    def __init__(self, index: int = 0) -> None:
+        """`index` is that of the sequence among those of its prompt."""
+        self.completion = CompletionOutput(index=index, text="", token_ids=[])
 
     def add(self, delta: RequestDelta) -> CompletionOutput:
         """A new completion with `delta` appended; earlier ones stay as they were."""
         before = self.completion
+        logprobs, total = before.logprobs, before.cumulative_logprob
+        if delta.logprobs is not None:
+            logprobs = (logprobs or []) + delta.logprobs
+            chosen = zip(delta.token_ids, delta.logprobs, strict=True)
+            total = (total or 0.0) + sum(position[token].logprob for token, position in chosen)
         self.completion = CompletionOutput(
-            index=0,
+            index=before.index,
             text=before.text + delta.text,
             token_ids=before.token_ids + delta.token_ids,
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
+            logprobs=logprobs,
+            cumulative_logprob=total,
         )
         return self.completion
 
@@ -151,12 +168,7 @@ class OutputProcessor:
 
     def add_request(self, request: EngineCoreRequest, prompt: str | None = None) -> RequestState:
         """Start to follow a request; to be called before the core's outputs are processed."""
-        detokenizer = None
-        if self._tokenizer is not None:
-            detokenizer = IncrementalDetokenizer.create(
-                self._tokenizer, request.sampling_params, request.prompt_token_ids
-            )
-        state = RequestState(request, prompt, detokenizer)
+        state = RequestState(request, prompt, self._tokenizer)
         self._states[request.request_id] = state
         return state
 

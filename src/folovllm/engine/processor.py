@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from folovllm.config import SchedulingPolicy
+from folovllm.engine.grammar import check_tokenizer, compile_grammar
 from folovllm.engine.messages import EngineCoreRequest
 from folovllm.errors import InvalidRequestError
 from folovllm.sampling_params import SamplingParams
@@ -119,12 +120,14 @@ class Processor:
     ) -> EngineCoreRequest:
         """The request for a prompt that `tokenize` returned; `max_tokens` is cut to what the context leaves.
 
+        One with `n` above 1 goes through `parallel_sampling.fan_out` next.
+
         Raises:
             InvalidRequestError: options that contradict each other or this engine.
         """
         if cache_salt is not None and not cache_salt:
             raise InvalidRequestError("cache_salt='' is not allowed; it must be a non-empty string")
-        _refuse_unfinished(params)
+        self._check_vocabulary(params)
         if priority and self.scheduling_policy != "priority":
             raise InvalidRequestError(
                 f"priority={priority} is not possible: this engine serves first come, first served; "
@@ -134,7 +137,12 @@ class Processor:
             self.require_tokenizer()
         room = self.limits.max_model_len - len(token_ids)
         if params.max_tokens is None or params.max_tokens > room:
-            params = msgspec.structs.replace(params, max_tokens=room)
+            params = msgspec.structs.replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
+        grammar = None
+        if params.structured_outputs is not None:
+            check_tokenizer(self.tokenizer)
+            grammar = compile_grammar(params.structured_outputs)
+            params = msgspec.structs.replace(params, structured_outputs=None)
         return EngineCoreRequest(
             request_id=request_id or uuid.uuid4().hex,
             prompt_token_ids=token_ids,
@@ -143,7 +151,34 @@ class Processor:
             arrival_time=time.time(),
             cache_salt=cache_salt,
             priority=priority,
+            bad_words_token_ids=tuple(self._tokenize_bad_words(params.bad_words)),
+            grammar=grammar,
         )
+
+    def _check_vocabulary(self, params: SamplingParams) -> None:
+        vocab_size = self.facts.vocab_size
+        for name in ("logit_bias", "allowed_token_ids"):
+            outside = [token for token in getattr(params, name) or () if token >= vocab_size]
+            if outside:
+                raise InvalidRequestError(f"{name} has token id {outside[0]}; it must be from 0 to {vocab_size - 1}")
+        if params.min_tokens and params.allowed_token_ids is not None:
+            ends = {*self.eos_token_ids, *params.stop_token_ids}
+            if ends.issuperset(params.allowed_token_ids):
+                raise InvalidRequestError(
+                    f"min_tokens={params.min_tokens} is not possible: all of allowed_token_ids end the generation"
+                )
+
+    def _tokenize_bad_words(self, words: Sequence[str]) -> list[tuple[int, ...]]:
+        """The token sequences of each word, at the beginning of a text and after a space."""
+        found: list[tuple[int, ...]] = []
+        for word in words:
+            tokenizer, bare = self.require_tokenizer(), word.lstrip()
+            first, spaced = (tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (bare, f" {bare}"))
+            found.append(first)
+            # Where the space is a token of its own, the sequence without it is found after it.
+            if spaced[0] != first[0] and len(spaced) == len(first):
+                found.append(spaced)
+        return found
 
     def _check_length(self, length: int) -> None:
         if length + 1 > self.limits.max_model_len:
@@ -155,11 +190,3 @@ class Processor:
 
 class PromptTooLongError(InvalidRequestError):
     """Prompt and output do not fit the model's context or the KV cache."""
-
-
-def _refuse_unfinished(params: SamplingParams) -> None:
-    defaults = SamplingParams()
-    for name in ("n", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "bad_words", "logit_bias",
-                 "allowed_token_ids", "logprobs", "prompt_logprobs", "structured_outputs"):  # fmt: skip
-        if getattr(params, name) != getattr(defaults, name):
-            raise InvalidRequestError(f"{name} is not supported yet")

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.llm_engine import LLMEngine
-from folovllm.engine.output_processor import Accumulator, RequestDelta, RequestState
+from folovllm.engine.parallel_sampling import ParentRequest
 from folovllm.engine.processor import PromptType
 from folovllm.errors import InvalidRequestError
 from folovllm.metrics.stats import CacheStats
@@ -62,13 +62,14 @@ class LLM:
         Raises:
             InvalidRequestError: a prompt or an option cannot be served; nothing was computed then.
         """
-        engine, states = self.llm_engine, self._add(prompts, sampling_params, cache_salt, priority)
+        engine, requests = self.llm_engine, self._add(prompts, sampling_params, cache_salt, priority)
         try:
-            while not all(state.finished for state in states):
+            while not all(request.finished for request in requests):
                 engine.step()
         finally:
-            engine.abort([state for state in states if not state.finished])
-        return [state.snapshot(Accumulator().add(state.take() or RequestDelta())) for state in states]
+            engine.abort([request for request in requests if not request.finished])
+        outputs = [request.take() for request in requests]
+        return [output for output in outputs if output is not None]  # each has gained all it has
 
     def generate_stream(
         self,
@@ -145,7 +146,7 @@ class LLM:
 
     def _add(
         self, prompts: Prompts, params: Params, cache_salt: str | None, priority: Priorities
-    ) -> list[RequestState]:
+    ) -> list[ParentRequest]:
         each = _as_list(prompts)
         if params is None:
             params = self.get_default_sampling_params()
@@ -161,25 +162,23 @@ class LLM:
             )
         return self.llm_engine.add_requests(each, options, cache_salt, priorities)
 
-    def _run(self, states: list[RequestState]) -> Iterator[RequestOutput]:
-        engine = self.llm_engine
-        waiting = [(state, Accumulator()) for state in states]
+    def _run(self, requests: list[ParentRequest]) -> Iterator[RequestOutput]:
+        engine, waiting = self.llm_engine, list(requests)
         try:
             while waiting:
                 progressed = False
-                for entry in list(waiting):
-                    state, accumulator = entry
-                    delta = state.take()
-                    if delta is None:
+                for request in list(waiting):
+                    output = request.take()
+                    if output is None:
                         continue
                     progressed = True
-                    if delta.finish_reason is not None:
-                        waiting.remove(entry)
-                    yield state.snapshot(accumulator.add(delta))
+                    if output.finished:
+                        waiting.remove(request)
+                    yield output
                 if not progressed:
                     engine.step()
         finally:
-            engine.abort([state for state, _ in waiting])
+            engine.abort(waiting)
 
 
 def _as_list(prompts: Prompts) -> list[PromptType]:

@@ -7,7 +7,7 @@ from typing import Any
 from folovllm.errors import ModelLoadError
 from folovllm.transformers_utils.tokenizer import read_json
 
-_DEFAULTABLE = ("temperature", "top_p", "top_k")
+_DEFAULTABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,9 +36,7 @@ class SamplingStep:
         self._sampler = Sampler()
         self._seed_stream = np.random.default_rng(config.model_config.seed)
         directory = Path(config.model_config.model)
-        self._grammars = GrammarCompiler(
-            lambda: Tokenizer.from_checkpoint(directory).backend.to_str(), self._vocab_size
-        )
+        self._grammars = GrammarCompiler(lambda: Tokenizer.from_checkpoint(directory).backend, self._vocab_size)
 
     def remember(self, new: NewRequestData) -> CachedRequestState:
         """What the runner keeps of a new request."""

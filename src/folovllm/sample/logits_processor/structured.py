@@ -7,6 +7,7 @@ the workers; here the runner, which samples, follows the grammar itself.
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,12 +18,14 @@ from folovllm.errors import ModelLoadError
 from folovllm.sample.logits_processor.interface import TokenMatcher
 
 if TYPE_CHECKING:
+    import tokenizers
     from llguidance import LLMatcher, LLTokenizer
 
 logger = logging.getLogger(__name__)
 
 _MAX_COMPILED = 64
 _WORD_BITS = 32
+_OWN_EOS = "<|folovllm-end-of-grammar|>"
 
 
 class GrammarMatcher:
@@ -32,15 +35,15 @@ class GrammarMatcher:
     nothing may follow, they alone are. Without any (or when they are ignored) the request ends there by itself.
     """
 
-    def __init__(self, matcher: "LLMatcher", vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """Take over `matcher`, which is at its start; `eos_token_ids` are the tokens that may end the text."""
+    def __init__(self, compiled: "CompiledGrammar", vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """Begin at the start of the grammar; `eos_token_ids` are the tokens that may end the text."""
         self.end: FinishReason | None = None
-        self._matcher = matcher
+        self._compiled = compiled
+        self._matcher = compiled.start.deep_copy()
         self._vocab_size = vocab_size
         self._eos_token_ids = np.array([i for i in eos_token_ids if i < vocab_size], dtype=np.int64)
         self._followed: list[int] = []
-        # One bit more than the vocabulary: see GrammarCompiler.
-        self._words = np.zeros(vocab_size // _WORD_BITS + 1, dtype=np.uint32)
+        self._words = np.zeros(-(-compiled.num_bits // _WORD_BITS), dtype=np.uint32)
 
     def allowed_tokens(self) -> npt.NDArray[np.bool_] | None:
         """See `TokenMatcher`."""
@@ -48,6 +51,7 @@ class GrammarMatcher:
             return None
         self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
         bits = np.unpackbits(self._words.view(np.uint8), bitorder="little")
+        bits[self._compiled.own_eos_token_id] = 0
         allowed = bits[: self._vocab_size].view(np.bool_)
         if self._matcher.is_accepting():
             allowed[self._eos_token_ids] = True
@@ -72,7 +76,7 @@ class GrammarMatcher:
         """See `TokenMatcher`."""
         if self._followed == list(output_token_ids):
             return
-        self._matcher.reset()
+        self._matcher = self._compiled.start.deep_copy()
         self._followed, self.end = [], None
         for token_id in output_token_ids:
             self.append(token_id)
@@ -100,16 +104,29 @@ class DeadMatcher:
         """See `TokenMatcher`."""
 
 
+@dataclass(frozen=True, slots=True)
+class CompiledGrammar:
+    """A grammar over the tokens of a tokenizer."""
+
+    start: "LLMatcher"
+    """At its beginning; to be copied, never advanced."""
+    num_bits: int
+    """Length of its masks: the tokenizer's tokens, at least as many as the model's."""
+    own_eos_token_id: int
+    """The token that llguidance allows where the text may end. No model knows it: which real ones there are, is each
+    request's own."""
+
+
 class GrammarCompiler:
     """Makes matchers; loads the tokenizer when the first is asked for. Used by one thread."""
 
-    def __init__(self, load_tokenizer_json: Callable[[], str], vocab_size: int) -> None:
-        """`load_tokenizer_json` returns the text of the model's tokenizer.json; `vocab_size` is that of its logits."""
-        self._load_tokenizer_json = load_tokenizer_json
+    def __init__(self, load_tokenizer: Callable[[], "tokenizers.Tokenizer"], vocab_size: int) -> None:
+        """`load_tokenizer` returns a tokenizer that nobody else uses; `vocab_size` is that of the model's logits."""
+        self._load_tokenizer = load_tokenizer
         self._vocab_size = vocab_size
         self._tokenizer: LLTokenizer | None = None
         # The n sequences of a prompt, and most requests of one application, share a grammar.
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, CompiledGrammar] = OrderedDict()
 
     def make_matcher(self, grammar: str, eos_token_ids: Sequence[int]) -> TokenMatcher:
         """A matcher at the start of `grammar`; a dead one when the tokenizer cannot be used for it."""
@@ -124,14 +141,24 @@ class GrammarCompiler:
             if len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)
-        return GrammarMatcher(compiled.deep_copy(), self._vocab_size, eos_token_ids)
+        return GrammarMatcher(compiled, self._vocab_size, eos_token_ids)
 
-    def _compile(self, grammar: str) -> "LLMatcher":
-        from llguidance import LLMatcher, LLTokenizer
+    def _compile(self, grammar: str) -> CompiledGrammar:
+        from llguidance import LLMatcher
 
         if self._tokenizer is None:
-            # The end-of-sequence token it knows is one past the vocabulary: which real ones there are is each
-            # request's own, and the matcher's business.
-            size = self._vocab_size
-            self._tokenizer = LLTokenizer(self._load_tokenizer_json(), n_vocab=size + 1, eos_token=size)
-        return LLMatcher(self._tokenizer, grammar, log_level=0)
+            self._tokenizer = self._make_tokenizer()
+        tokenizer = self._tokenizer
+        start = LLMatcher(tokenizer, grammar, log_level=0)
+        return CompiledGrammar(start, tokenizer.vocab_size, tokenizer.eos_token)
+
+    def _make_tokenizer(self) -> "LLTokenizer":
+        import tokenizers
+        from llguidance import LLTokenizer
+
+        backend = self._load_tokenizer()
+        backend.add_special_tokens([tokenizers.AddedToken(_OWN_EOS, special=True)])
+        own_eos = backend.token_to_id(_OWN_EOS)
+        assert own_eos is not None, "it was just added"
+        num_bits = max(self._vocab_size, backend.get_vocab_size(with_added_tokens=True), own_eos + 1)
+        return LLTokenizer(backend.to_str(), n_vocab=num_bits, eos_token=own_eos)
