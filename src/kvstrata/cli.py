@@ -1,11 +1,10 @@
 """The command line: `kvstrata serve | route | demo`. Options are parsed here, once; the work is done elsewhere.
 
-An option left out is None here and takes the default declared where it belongs (`EngineArgs`, `RouterConfig`, ...).
+An option left out takes the default declared where it belongs (`EngineArgs`, `RouterConfig`, ...).
 Each command imports what it needs when it runs, so that `route` loads no engine, and of `serve` only the engine core,
 a process of its own, loads torch.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from folovllm.engine.arg_utils import EngineArgs
+from folovllm.entrypoints.openai.server_options import ServerOptions
+from folovllm.entrypoints.options import with_options
 from kvstrata import lifeline
 
 EXIT_BAD_USAGE = 2
@@ -37,57 +39,15 @@ ParentPid = Annotated[int | None, _option("Stop when this process, the parent, d
 
 
 @app.command()
-def serve(
-    model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face hub id.")],
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
-    api_key: Annotated[str | None, _option("Require this bearer token.")] = None,
-    served_model_name: Annotated[str | None, _option("Name of the model in the API.")] = None,
-    device: Annotated[str | None, _option("auto, cpu or cuda.")] = None,
-    dtype: Annotated[str | None, _option("auto, float32, bfloat16 or float16.")] = None,
-    max_model_len: Annotated[int | None, _option("Longest prompt plus output, in tokens.")] = None,
-    max_num_seqs: Annotated[int | None, _option("Most requests in one step.")] = None,
-    max_num_batched_tokens: Annotated[int | None, _option("Most tokens in one step.")] = None,
-    block_size: Annotated[int | None, _option("Tokens of one KV block.")] = None,
-    num_kv_blocks: Annotated[int | None, _option("Blocks of the device's KV pool.")] = None,
-    kv_cache_memory_gb: Annotated[float | None, _option("Size of that pool instead.")] = None,
-    enable_prefix_caching: Annotated[bool | None, _option("Reuse the KV of shared prefixes.")] = None,
-    attention_backend: Annotated[str | None, _option("auto, torch_naive or torch_sdpa.")] = None,
-    seed: Annotated[int | None, _option("Seed of the requests that bring none.")] = None,
-    num_threads: Annotated[int | None, _option("Threads of the model's arithmetic on a CPU.")] = None,
-    kv_transfer_config: Annotated[str | None, _option("KV connector, as JSON.")] = None,
-    kv_events_config: Annotated[str | None, _option("KV event publisher, as JSON.")] = None,
-    ready_fd: ReadyFd = None,
-    parent_pid: ParentPid = None,
-) -> None:
+@with_options(positional=("model",))
+def serve(engine: EngineArgs, server: ServerOptions, ready_fd: ReadyFd = None, parent_pid: ParentPid = None) -> None:
     """Serve a model over the OpenAI API."""
     _become_server(parent_pid)
-    from folovllm.engine.arg_utils import EngineArgs
     from folovllm.entrypoints.openai.api_server import run_server
     from folovllm.errors import FoloVLLMError
 
     with _one_line_errors(FoloVLLMError):
-        args = EngineArgs.from_options(
-            _given(
-                model=model,
-                served_model_name=served_model_name,
-                device=device,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                block_size=block_size,
-                num_kv_blocks=num_kv_blocks,
-                kv_cache_memory_gb=kv_cache_memory_gb,
-                enable_prefix_caching=enable_prefix_caching,
-                attention_backend=attention_backend,
-                seed=seed,
-                num_threads=num_threads,
-                kv_transfer_config=_json_option("--kv-transfer-config", kv_transfer_config),
-                kv_events_config=_json_option("--kv-events-config", kv_events_config),
-            )
-        )
-        run_server(args, host, port, api_key=api_key, ready_callback=_ready_callback(ready_fd))
+        run_server(engine, server, ready_callback=_ready_callback(ready_fd))
 
 
 @app.command()
@@ -183,22 +143,6 @@ def _replace_nested(config: Any, path: list[str], value: Any) -> Any:
     """A frozen config with one option changed, however deep it lies."""
     head, *rest = path
     return replace(config, **{head: _replace_nested(getattr(config, head), rest, value) if rest else value})
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _json_option(flag: str, text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"{flag} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise typer.BadParameter(f"{flag} must be a JSON object, not {value!r}")
-    return value
 
 
 @contextmanager

@@ -26,14 +26,14 @@ SCRIPT = """
 import json, logging, sys
 from folovllm.engine.arg_utils import EngineArgs
 from folovllm.entrypoints.openai.api_server import run_server
+from folovllm.entrypoints.openai.server_options import ServerOptions
 
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 options = json.loads(sys.argv[1])
 run_server(
     EngineArgs.from_options(options.pop("engine")),
-    "127.0.0.1",
+    ServerOptions(**options),
     ready_callback=lambda port: print(port, flush=True),
-    **options,
 )
 """
 
@@ -168,8 +168,8 @@ def test_client_errors_are_those_of_the_official_client(server: Server) -> None:
         with pytest.raises(openai.BadRequestError, match="maximum context length is 4096") as error:
             client.completions.create(model=MODEL, prompt=[5] * 5000)
         assert error.value.code == "context_length_exceeded"
-        with pytest.raises(openai.BadRequestError, match="n=2 is not supported"):
-            client.completions.create(model=MODEL, prompt="x", n=2)
+        with pytest.raises(openai.BadRequestError, match="best_of=2 is not supported"):
+            client.completions.create(model=MODEL, prompt="x", best_of=2)
 
 
 def test_malformed_json_is_a_400(server: Server) -> None:
@@ -338,7 +338,7 @@ def refuses(server: Server) -> bool:
 
 
 def test_drain_has_a_deadline(start: Callable[..., Server]) -> None:
-    server = start(drain_timeout_s=1)
+    server = start(drain_timeout=1)
     core = server.core
     with server.client() as client:
         options: dict[str, Any] = {

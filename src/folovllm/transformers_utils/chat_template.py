@@ -15,6 +15,7 @@ import jinja2.sandbox
 from folovllm.errors import InvalidRequestError, ModelLoadError
 
 Message = dict[str, Any]
+_END_MARK = "\ue000end of the message\ue000"  # private characters: no text that comes in has them together
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -36,6 +37,7 @@ class ChatTemplate:
         Raises:
             ModelLoadError: the source is not a Jinja template.
         """
+        self.source = source
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
         )
@@ -48,20 +50,38 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ModelLoadError(f"the checkpoint's chat template does not compile: {error}") from error
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
         """The prompt for `messages`; `variables` are whatever else the template reads, such as `enable_thinking`.
 
+        With `continue_final_message` it ends with the last message's content, for the model to go on with.
+
         Raises:
-            InvalidRequestError: the template refuses the messages.
+            InvalidRequestError: the template refuses the messages, or does not show the last one's content.
         """
         # Templates are written for transformers, which always defines these two.
         variables = {"tools": None, "documents": None, **variables}
+        shown = list(messages)
+        if continue_final_message:
+            shown[-1] = {**shown[-1], "content": f"{shown[-1].get('content') or ''}{_END_MARK}"}
         try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **variables
-            )
+            text = self._template.render(messages=shown, add_generation_prompt=add_generation_prompt, **variables)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise InvalidRequestError(f"the model's chat template refuses these messages: {error}") from error
+        if not continue_final_message:
+            return text
+        before, mark, _ = text.rpartition(_END_MARK)
+        if not mark:
+            raise InvalidRequestError(
+                "the model's chat template does not show the last message: it cannot be continued"
+            )
+        return before
 
 
 def load_chat_template(

@@ -1,6 +1,8 @@
 """The server process: socket, engine, signals, drain.
 
-bind -> load the model -> listen -> serve -> SIGTERM: stop listening, finish what runs (deadline) -> stop the core
+bind -> load the model -> listen -> serve
+  -- SIGTERM or SIGINT -->  drain: the listener is closed, what runs is finished (deadline), exit code 0
+  -- another signal    -->  what runs is given up, exit code 128 + signal
 """
 
 import asyncio
@@ -18,15 +20,15 @@ from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.async_llm import AsyncLLM
 from folovllm.entrypoints.openai.middleware import RequestGate
 from folovllm.entrypoints.openai.routes import build_app
+from folovllm.entrypoints.openai.server_options import ServerOptions
 from folovllm.entrypoints.openai.serving import OpenAIServing
 from folovllm.errors import ConfigError, FoloVLLMError
 
 logger = logging.getLogger(__name__)
 
-DRAIN_TIMEOUT_S = 30
-"""How long requests may go on after SIGTERM."""
 _KEEP_ALIVE_S = 30
 _USAGE_ERROR = 2
+_EXIT_BY_SIGNAL = 128
 
 
 class PortInUseError(ConfigError):
@@ -34,25 +36,24 @@ class PortInUseError(ConfigError):
 
 
 def run_server(
-    args: EngineArgs,
-    host: str,
-    port: int,
-    *,
-    api_key: str | None = None,
-    drain_timeout_s: int = DRAIN_TIMEOUT_S,
-    ready_callback: Callable[[int], None] | None = None,
+    args: EngineArgs, options: ServerOptions, *, ready_callback: Callable[[int], None] | None = None
 ) -> None:
     """Serve until SIGTERM or SIGINT; to be called in the main thread, as the last thing a process does.
 
-    `port` 0 takes a free one. `ready_callback` is given the port once requests are answered.
+    `ready_callback` is given the port once requests are answered.
 
     Raises:
-        SystemExit: 2 with one line in the log when the port is taken, an option is wrong or the model cannot be loaded.
+        SystemExit: 2 with one line in the log when the port is taken, an option is wrong or the model cannot be loaded;
+            128 + signal when a second signal cut the drain short.
     """
     try:
-        sock = bind(host, port)
+        options.check()
+        sock = bind(options.host, options.port)
+        process = _Process(args, options, sock, ready_callback)
         with contextlib.closing(sock), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Process(args, sock, api_key, drain_timeout_s, ready_callback).run())
+            runner.run(process.run())
+        if process.cut_short_by is not None:
+            raise SystemExit(_EXIT_BY_SIGNAL + process.cut_short_by)
     except FoloVLLMError as error:
         logger.error("%s", error)
         raise SystemExit(_USAGE_ERROR) from None
@@ -108,15 +109,15 @@ class _Process:
     def __init__(
         self,
         args: EngineArgs,
+        options: ServerOptions,
         sock: socket.socket,
-        api_key: str | None,
-        drain_timeout_s: int,
         ready_callback: Callable[[int], None] | None,
     ) -> None:
-        self._args, self._sock, self._api_key = args, sock, api_key
-        self._drain_timeout_s = drain_timeout_s
+        self._args, self._options, self._sock = args, options, sock
         self._ready_callback = ready_callback
         self._server: _Server | None = None
+        self.cut_short_by: int | None = None
+        """The signal that ended the drain before its time."""
 
     async def run(self) -> None:
         """Load, serve, drain, stop."""
@@ -136,14 +137,15 @@ class _Process:
 
     async def _serve(self, engine: AsyncLLM) -> None:
         name = self._args.served_model_name or self._args.model
-        app = RequestGate(build_app(OpenAIServing(engine, name), self._args.model), self._api_key)
+        serving = OpenAIServing(engine, name, self._options.tool_call_parser)
+        app = RequestGate(build_app(serving, self._args.model), self._options.api_key)
         config = uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
             lifespan="off",
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=self._drain_timeout_s,
+            timeout_graceful_shutdown=self._options.drain_timeout,
         )
         self._server = _Server(config, self._on_started)
         host, port = self._sock.getsockname()[:2]
@@ -155,9 +157,12 @@ class _Process:
     def _on_signal(self, number: int, loading: "asyncio.Task[AsyncLLM]") -> None:
         if self._server is None:
             loading.cancel()
+        elif not self._server.should_exit:
+            logger.info("signal=%s: finishing requests, at most %s s", number, self._options.drain_timeout)
+            self._server.should_exit = True
         else:
-            logger.info("signal=%s: finishing %s, at most %s s", number, "requests", self._drain_timeout_s)
-            self._server.handle_exit(number, None)
+            logger.warning("signal=%s: giving up what runs", number)
+            self.cut_short_by, self._server.force_exit = number, True
 
     def _on_started(self) -> None:
         host, port = self._sock.getsockname()[:2]

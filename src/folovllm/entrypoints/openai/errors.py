@@ -10,7 +10,8 @@ from starlette.exceptions import HTTPException
 
 from folovllm.engine.core_client import EngineOverloadedError
 from folovllm.engine.processor import PromptTooLongError
-from folovllm.entrypoints.openai.protocol import ErrorInfo, ErrorResponse, RequestError
+from folovllm.entrypoints.openai.protocol import RequestError
+from folovllm.entrypoints.openai.responses import ErrorInfo, ErrorResponse
 from folovllm.errors import EngineDeadError, InvalidRequestError
 
 logger = logging.getLogger(__name__)

@@ -1,51 +1,35 @@
-"""Bodies of the OpenAI API, and of vLLM's additions to it: pydantic for what comes in, msgspec for what goes out.
+"""Bodies of the requests: OpenAI's, and vLLM's additions to them. Mirrors vllm's protocol.py files.
 
 A parameter is honoured, or refused by name, or (when it cannot change the result) accepted and unused: never ignored.
 """
 
 import difflib
-from typing import Any
+from typing import Any, Literal
 
-import msgspec
-from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field
 
-from folovllm.engine.messages import FinishReason
 from folovllm.errors import InvalidRequestError
 
 # Parameters that change the result and are not served: name -> the values that ask for nothing.
 _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "use_beam_search": (False,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
     "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "logit_bias": ({},),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
-    "structured_outputs": (),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
-    "priority": (0,),
     "continue_final_message": (False,),
     "truncate_prompt_tokens": (),
     "kv_transfer_params": (),
@@ -56,6 +40,12 @@ _HARMLESS = frozenset(
         "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
         "prompt_cache_retention",
     }
+)  # fmt: skip
+# Fields of a body that are fields of SamplingParams under the same name.
+_SAMPLING_FIELDS = (
+    "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "seed", "stop", "stop_token_ids", "min_tokens", "bad_words", "logit_bias", "allowed_token_ids", "ignore_eos",
+    "prompt_logprobs", "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 
 
@@ -74,6 +64,43 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     """Send one more chunk, without choices, that tells the usage."""
+    continuous_usage_stats: bool = False
+    """Tell the usage so far in every chunk (vLLM's extension)."""
+
+
+class JsonSchema(BaseModel):
+    """A schema with its name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+    """Taken as true: the answer always follows the schema."""
+
+
+class ResponseFormat(BaseModel):
+    """What the answer must look like."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def structured_outputs(self) -> dict[str, Any] | None:
+        """The same as an option of `SamplingParams`; None for text.
+
+        Raises:
+            RequestError: there is no schema where one belongs.
+        """
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"json_object": True}
+        if self.json_schema is None or self.json_schema.json_schema is None:
+            raise RequestError("response_format has no json_schema.schema", param="response_format")
+        return {"json": self.json_schema.json_schema}
 
 
 class _GenerationRequest(BaseModel):
@@ -84,18 +111,33 @@ class _GenerationRequest(BaseModel):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = None
+    bad_words: list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: int | None = None
+    """Log-probabilities of the prompt, not in a stream (vLLM's extension)."""
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    """The fields of `StructuredOutputsParams` (vLLM's extension)."""
     cache_salt: str | None = None
     """Requests share cached blocks only with requests of the same salt (vLLM's extension)."""
+    priority: int = 0
+    """Under the priority policy the lower goes first (vLLM's extension)."""
 
     def check_parameters(self) -> None:
         """Refuse what this server does not do.
@@ -122,16 +164,26 @@ class _GenerationRequest(BaseModel):
                 )
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed with stream=true", param="stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs is not allowed with stream=true", param="prompt_logprobs")
         if self.cache_salt is not None and not self.cache_salt:
             raise RequestError("cache_salt='' is not allowed; it must be a non-empty string", param="cache_salt")
 
     def sampling_options(self) -> dict[str, Any]:
-        """The given options that `SamplingParams` knows, `max_tokens` apart."""
-        names = (
-            "temperature", "top_p", "top_k", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos",
-            "skip_special_tokens", "include_stop_str_in_output",
-        )  # fmt: skip
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        """The given options that `SamplingParams` knows, `max_tokens` apart.
+
+        Raises:
+            RequestError: two of them contradict each other.
+        """
+        options = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) not in (None, {})}
+        shape = None if self.response_format is None else self.response_format.structured_outputs()
+        if shape is not None and self.structured_outputs is not None:
+            raise RequestError(
+                "response_format and structured_outputs cannot be used together", param="structured_outputs"
+            )
+        if shape is not None or self.structured_outputs is not None:
+            options["structured_outputs"] = shape or self.structured_outputs
+        return options
 
     @property
     def include_usage(self) -> bool:
@@ -144,21 +196,109 @@ class CompletionRequest(_GenerationRequest):
 
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: int | None = 16
+    """0 is allowed with `echo`: nothing but the prompt comes back."""
+    logprobs: int | None = None
+    """Report the chosen token's log-probability and those of this many most likely ones."""
+    echo: bool = False
+    """Begin the text with the prompt, and the log-probabilities with the prompt's."""
     add_special_tokens: bool = True
 
+    def sampling_options(self) -> dict[str, Any]:
+        """See `_GenerationRequest.sampling_options`."""
+        options = super().sampling_options()
+        if self.logprobs is not None:
+            options["logprobs"] = self.logprobs
+            if self.echo:
+                options["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        return options
 
-class ChatCompletionRequest(_GenerationRequest):
+
+class FunctionDefinition(BaseModel):
+    """A function the model may call; what else it says goes to the chat template too."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of the arguments."""
+    strict: bool | None = None
+    """Forced calls follow the schema in any case; calls of the model's own choice are not constrained."""
+
+
+class Tool(BaseModel):
+    """A tool the model may use."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["function"] = "function"
+    function: FunctionDefinition
+
+
+class FunctionName(BaseModel):
+    """One of the tools' functions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+
+
+class NamedToolChoice(BaseModel):
+    """The function that must be called."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["function"] = "function"
+    function: FunctionName
+
+
+class _ChatPrompt(BaseModel):
+    """How messages become a prompt."""
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    """Go on with the last message instead of answering it; needs `add_generation_prompt` false (vLLM's extension)."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    tools: list[Tool] | None = None
+
+
+class ChatCompletionRequest(_GenerationRequest, _ChatPrompt):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    add_generation_prompt: bool = True
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     add_special_tokens: bool = False
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    """None: auto with tools. With "none" the model is not told of the tools."""
+    parallel_tool_calls: bool | None = None
+    """False: at most one call."""
+
+    def check_parameters(self) -> None:
+        """See `_GenerationRequest.check_parameters`."""
+        super().check_parameters()
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs is only allowed with logprobs=true", param="top_logprobs")
+        names = [tool.function.name for tool in self.tools or []]
+        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
+            raise RequestError(
+                f"tool_choice names {self.tool_choice.function.name!r}, which is none of the tools: {names}",
+                param="tool_choice",
+            )
+        if self.tool_choice == "required" and not names:
+            raise RequestError("tool_choice='required' is only allowed with tools", param="tool_choice")
+
+    def sampling_options(self) -> dict[str, Any]:
+        """See `_GenerationRequest.sampling_options`."""
+        options = super().sampling_options()
+        if self.logprobs:
+            options["logprobs"] = self.top_logprobs or 0
+        return options
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(_ChatPrompt):
     """POST /tokenize: a prompt, or messages for the chat template."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -168,9 +308,7 @@ class TokenizeRequest(BaseModel):
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     """Default: yes for a prompt, no for messages."""
-    add_generation_prompt: bool = True
-    return_token_strs: bool = False
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(BaseModel):
@@ -180,118 +318,3 @@ class DetokenizeRequest(BaseModel):
 
     model: str | None = None
     tokens: list[int]
-
-
-class TokenizeResponse(msgspec.Struct, kw_only=True):
-    """Answer of /tokenize."""
-
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None = None
-
-
-class DetokenizeResponse(msgspec.Struct):
-    """Answer of /detokenize."""
-
-    prompt: str
-
-
-class PromptTokensDetails(msgspec.Struct):
-    """Where the prompt's KV came from, in tokens."""
-
-    cached_tokens: int
-    """Not computed: found on the device or loaded by the KV connector."""
-    external_cached_tokens: int
-    """The part of `cached_tokens` that the KV connector loaded."""
-
-
-class Usage(msgspec.Struct):
-    """Tokens of one API call, over all its prompts."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class CompletionChoice(msgspec.Struct, kw_only=True):
-    """One completed prompt, or a piece of it."""
-
-    index: int
-    text: str
-    logprobs: None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-
-
-class ChatMessage(msgspec.Struct):
-    """The answer of the model, or a piece of it; the first piece tells the role."""
-
-    role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-class ChatChoice(msgspec.Struct, kw_only=True):
-    """One answer."""
-
-    index: int
-    message: ChatMessage
-    logprobs: None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-
-
-class ChatChunkChoice(msgspec.Struct, kw_only=True):
-    """A piece of one answer."""
-
-    index: int
-    delta: ChatMessage
-    logprobs: None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-
-
-class CompletionBody(msgspec.Struct, kw_only=True):
-    """Answer of the two completion endpoints, and each chunk of their streams."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[CompletionChoice] | list[ChatChoice] | list[ChatChunkChoice]
-    usage: Usage | UnsetType | None = UNSET
-
-
-class ModelCard(msgspec.Struct, kw_only=True):
-    """The served model."""
-
-    id: str
-    object: str = "model"
-    created: int
-    owned_by: str = "folovllm"
-    root: str
-    parent: None = None
-    max_model_len: int
-
-
-class ModelList(msgspec.Struct, kw_only=True):
-    """Answer of /v1/models."""
-
-    object: str = "list"
-    data: list[ModelCard]
-
-
-class ErrorInfo(msgspec.Struct, kw_only=True):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorResponse(msgspec.Struct):
-    """Every answer that is not a success."""
-
-    error: ErrorInfo

@@ -14,13 +14,10 @@ from folovllm.entrypoints.openai.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    DetokenizeResponse,
-    ModelCard,
-    ModelList,
     RequestError,
     TokenizeRequest,
-    TokenizeResponse,
 )
+from folovllm.entrypoints.openai.responses import DetokenizeResponse, ModelCard, ModelList, TokenizeResponse
 from folovllm.entrypoints.openai.serving import Job, OpenAIServing
 from folovllm.errors import EngineDeadError
 
@@ -108,7 +105,7 @@ def _tokenizer_router(serving: OpenAIServing) -> APIRouter:
             raise RequestError("give either prompt or messages", param="prompt")
         special, prompt = body.add_special_tokens, body.prompt
         if body.messages is not None:
-            prompt = serving.render_chat(body.messages, body.add_generation_prompt, body.chat_template_kwargs)
+            prompt = serving.chat.render(body)
         if special is None:
             special = body.messages is None
         processor = serving.engine.processor

@@ -1,10 +1,10 @@
-"""What the completion endpoints do: bodies to requests, outputs to answers and to streams."""
+"""What the completion endpoints do: bodies to requests, outputs to answers and streams. Mirrors vllm's serving.py."""
 
 import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
@@ -12,38 +12,44 @@ import msgspec
 from folovllm.engine.async_llm import AsyncLLM, RequestStream
 from folovllm.engine.messages import EngineCoreRequest
 from folovllm.engine.output_processor import RequestDelta
+from folovllm.engine.parallel_sampling import fan_out
 from folovllm.engine.processor import PromptType
+from folovllm.entrypoints.openai.chat import ChatRenderer
 from folovllm.entrypoints.openai.errors import GenerationFailedError, describe
-from folovllm.entrypoints.openai.protocol import (
-    ChatChoice,
-    ChatChunkChoice,
-    ChatCompletionRequest,
-    ChatMessage,
+from folovllm.entrypoints.openai.logprobs import prompt_logprobs
+from folovllm.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, RequestError
+from folovllm.entrypoints.openai.responses import (
     CompletionBody,
-    CompletionChoice,
-    CompletionRequest,
     ErrorResponse,
     PromptTokensDetails,
-    RequestError,
     Usage,
 )
+from folovllm.entrypoints.openai.writers import ChatWriter, Choice, ChoiceWriter, CompletionOptions, CompletionWriter
 from folovllm.sampling_params import SamplingParams
 
-MAX_PROMPTS = 1024
-"""Prompts of one call."""
+MAX_CHOICES = 1024
+"""Prompts of one call, times the completions of each."""
 _DONE = b"data: [DONE]\n\n"
+_Body = CompletionRequest | ChatCompletionRequest
 
 
 @dataclass(slots=True)
 class Job:
-    """One API call: the streams of its prompts. To be closed, which aborts what is unfinished."""
+    """One API call: a stream and a writer per choice. To be closed, which aborts what is unfinished."""
 
     id: str
     created: int
     model: str
     kind: Literal["completion", "chat"]
-    streams: list[RequestStream]
-    include_usage: bool
+    body: _Body
+    streams: list[RequestStream] = field(default_factory=list)
+    """Of n choices for the first prompt, n for the second, ..."""
+    writers: list[ChoiceWriter] = field(default_factory=list)
+
+    @property
+    def num_per_prompt(self) -> int:
+        """Choices of each prompt."""
+        return self.body.n or 1
 
     def close(self) -> None:
         """Abort what is unfinished. Idempotent."""
@@ -53,21 +59,33 @@ class Job:
     def usage(self) -> Usage:
         """Tokens so far."""
         states = [stream.state for stream in self.streams]
-        prompt = sum(len(state.prompt_token_ids) for state in states)
-        completion = sum(state.num_output_tokens for state in states)
+        firsts = states[:: self.num_per_prompt]
+        prompt = sum(len(state.prompt_token_ids) for state in firsts)
+        completion = 0 if _is_prompt_only(self.body) else sum(state.num_output_tokens for state in states)
         details = PromptTokensDetails(
-            sum(state.num_cached_tokens for state in states),
-            sum(state.num_external_cached_tokens for state in states),
+            sum(state.num_cached_tokens for state in firsts),
+            sum(state.num_external_cached_tokens for state in firsts),
         )
         return Usage(prompt, completion, prompt + completion, details)
+
+    def writers_to_ask(self, index: int) -> Sequence[ChoiceWriter]:
+        """Writers that may have something to say now that the choice `index` got on: others wait for the first."""
+        n = self.num_per_prompt
+        return self.writers[index + 1 : index + n] if n > 1 and index % n == 0 else ()
 
 
 class OpenAIServing:
     """Serves one model under one name."""
 
-    def __init__(self, engine: AsyncLLM, model_name: str) -> None:
+    def __init__(self, engine: AsyncLLM, model_name: str, tool_call_parser: str = "auto") -> None:
+        """Serve an engine that has started.
+
+        Raises:
+            ConfigError: there is no such tool call parser.
+        """
         self.engine = engine
         self.model_name = model_name
+        self.chat = ChatRenderer(engine.processor, tool_call_parser)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not the served one; none given means it.
@@ -92,11 +110,21 @@ class OpenAIServing:
         """
         self.check_model(body.model)
         body.check_parameters()
+        tokenizer = self.engine.processor.require_tokenizer() if body.echo else self.engine.processor.tokenizer
         prompts = _prompts(body.prompt)
-        token_ids = [await self.engine.tokenize(p, add_special_tokens=body.add_special_tokens) for p in prompts]
         options = body.sampling_options()
-        requests = [self._request(ids, options, body.max_tokens, body.cache_salt) for ids in token_ids]
-        return self._start("completion", requests, body.include_usage)
+        token_ids = [await self.engine.tokenize(p, add_special_tokens=body.add_special_tokens) for p in prompts]
+        max_tokens = 1 if _is_prompt_only(body) else body.max_tokens
+        requests = [self._request(ids, body, options, max_tokens) for ids in token_ids]
+        job = self._start("completion", body, requests)
+        how = CompletionOptions(body.logprobs, body.echo, _is_prompt_only(body), body.prompt_logprobs is not None)
+        n = job.num_per_prompt
+        for index in range(len(job.streams)):
+            prompt = prompts[index // n]
+            first = job.streams[index - index % n].state
+            text = prompt if isinstance(prompt, str) else None
+            job.writers.append(CompletionWriter(index, text, first, how, tokenizer))
+        return job
 
     async def start_chat(self, body: ChatCompletionRequest) -> Job:
         """Send a conversation to the engine.
@@ -107,25 +135,17 @@ class OpenAIServing:
         """
         self.check_model(body.model)
         body.check_parameters()
-        prompt = self.render_chat(body.messages, body.add_generation_prompt, body.chat_template_kwargs)
-        token_ids = await self.engine.tokenize(prompt, add_special_tokens=body.add_special_tokens)
+        options = body.sampling_options()
+        make_parser = self.chat.demand_tools(body, options)
+        token_ids = await self.engine.tokenize(self.chat.render(body), add_special_tokens=body.add_special_tokens)
         max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        request = self._request(token_ids, body.sampling_options(), max_tokens, body.cache_salt)
-        return self._start("chat", [request], body.include_usage)
-
-    def render_chat(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool, variables: dict[str, Any]
-    ) -> str:
-        """The prompt for a conversation.
-
-        Raises:
-            InvalidRequestError: messages that are not text, or that the chat template refuses.
-        """
-        flat = [_flatten(message, index) for index, message in enumerate(messages)]
-        reserved = {"messages", "add_generation_prompt"} & variables.keys()
-        if reserved:
-            raise RequestError(f"chat_template_kwargs must not hold {reserved.pop()!r}", param="chat_template_kwargs")
-        return self.engine.processor.render_chat(flat, add_generation_prompt=add_generation_prompt, **variables)
+        job = self._start("chat", body, [self._request(token_ids, body, options, max_tokens)])
+        max_calls = 1 if body.parallel_tool_calls is False else None
+        for index in range(len(job.streams)):
+            parser = None if make_parser is None else make_parser()
+            tokenizer = self.engine.processor.tokenizer
+            job.writers.append(ChatWriter(index, parser, max_calls, options.get("logprobs"), tokenizer))
+        return job
 
     async def collect(self, job: Job) -> CompletionBody:
         """The whole answer of a job.
@@ -137,74 +157,37 @@ class OpenAIServing:
         totals = [RequestDelta() for _ in job.streams]
         async for index, delta in _merge(job.streams):
             totals[index].merge(delta)
-        choices = [
-            CompletionChoice(index=i, text=t.text, finish_reason=t.finish_reason, stop_reason=t.stop_reason)
-            for i, t in enumerate(totals)
-        ]
-        if job.kind == "completion":
-            return self._body(job, "text_completion", choices, job.usage())
-        chat = [
-            ChatChoice(
-                index=c.index,
-                message=ChatMessage("assistant", c.text),
-                finish_reason=c.finish_reason,
-                stop_reason=c.stop_reason,
-            )
-            for c in choices
-        ]
-        return self._body(job, "chat.completion", chat, job.usage())
+        choices = [writer.whole(total) for writer, total in zip(job.writers, totals, strict=True)]
+        body = _body(job, "text_completion" if job.kind == "completion" else "chat.completion", choices)
+        body.usage = job.usage()
+        if job.kind == "chat" and job.body.prompt_logprobs is not None:
+            body.prompt_logprobs = prompt_logprobs(job.streams[0].state.prompt_logprobs or [])
+        return body
 
     async def stream(self, job: Job) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events; a failure on the way becomes the last event before [DONE]."""
-        first = True
+        kind = _chunk_object(job)
+        options = job.body.stream_options
         try:
             async for index, delta in _merge(job.streams):
-                if job.kind == "chat" and first:
-                    yield self._chat_event(job, ChatMessage("assistant", ""), RequestDelta())
-                first = False
-                if not delta.text and delta.finish_reason is None:  # in the middle of a character
-                    continue
-                if job.kind == "chat":
-                    yield self._chat_event(job, ChatMessage(content=delta.text), delta)
-                else:
-                    yield self._completion_event(job, index, delta)
-            if job.include_usage:
-                yield _event(self._body(job, _chunk_object(job), [], job.usage()))
+                found = list(job.writers[index].pieces(delta))
+                for writer in job.writers_to_ask(index):
+                    found += writer.pieces(None)
+                for choice in found:
+                    chunk = _body(job, kind, [choice])
+                    if options is not None and options.include_usage:
+                        chunk.usage = job.usage() if options.continuous_usage_stats else None
+                    yield _event(chunk)
+            if options is not None and options.include_usage:
+                last = _body(job, kind, [])
+                last.usage = job.usage()
+                yield _event(last)
         except Exception as error:  # the headers are out: the stream is the only place left to tell
             yield _event(ErrorResponse(describe(error)[1]))
         yield _DONE
 
-    def _completion_event(self, job: Job, index: int, delta: RequestDelta) -> bytes:
-        choice = CompletionChoice(
-            index=index, text=delta.text, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason
-        )
-        return _event(self._chunk(job, [choice]))
-
-    def _chat_event(self, job: Job, message: ChatMessage, delta: RequestDelta) -> bytes:
-        choice = ChatChunkChoice(
-            index=0, delta=message, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason
-        )
-        return _event(self._chunk(job, [choice]))
-
-    def _chunk(self, job: Job, choices: list[CompletionChoice] | list[ChatChunkChoice]) -> CompletionBody:
-        body = self._body(job, _chunk_object(job), choices, None)
-        if not job.include_usage:
-            body.usage = msgspec.UNSET
-        return body
-
-    def _body(
-        self,
-        job: Job,
-        kind: str,
-        choices: list[CompletionChoice] | list[ChatChoice] | list[ChatChunkChoice],
-        usage: Usage | None,
-    ) -> CompletionBody:
-        return CompletionBody(
-            id=job.id, object=kind, created=job.created, model=job.model, choices=choices, usage=usage
-        )
-
     def _request(
-        self, token_ids: list[int], options: dict[str, Any], max_tokens: int | None, cache_salt: str | None
+        self, token_ids: list[int], body: _Body, options: dict[str, Any], max_tokens: int | None
     ) -> EngineCoreRequest:
         processor = self.engine.processor
         limits = processor.limits
@@ -215,17 +198,20 @@ class OpenAIServing:
                 code="context_length_exceeded",
             )
         params = SamplingParams.from_options({**processor.facts.default_sampling, **options, "max_tokens": max_tokens})
-        return processor.make_request(token_ids, params, cache_salt=cache_salt)
+        return processor.make_request(token_ids, params, cache_salt=body.cache_salt, priority=body.priority)
 
-    def _start(
-        self, kind: Literal["completion", "chat"], requests: list[EngineCoreRequest], include_usage: bool
-    ) -> Job:
+    def _start(self, kind: Literal["completion", "chat"], body: _Body, requests: list[EngineCoreRequest]) -> Job:
+        if len(requests) * (body.n or 1) > MAX_CHOICES:
+            raise RequestError(
+                f"n={body.n or 1} for {len(requests)} prompts is too much: at most {MAX_CHOICES} choices are allowed",
+                param="n",
+            )
         prefix = "cmpl" if kind == "completion" else "chatcmpl"
-        job = Job(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self.model_name, kind, [], include_usage)
+        job = Job(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self.model_name, kind, body)
         try:
             for index, request in enumerate(requests):
                 named = msgspec.structs.replace(request, request_id=f"{job.id}-{index}")
-                job.streams.append(self.engine.open(named))
+                job.streams += [self.engine.open(one) for one in fan_out(named)]
         except BaseException:
             job.close()
             raise
@@ -267,39 +253,21 @@ def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> Sequence[
         raise RequestError("prompt=[] is not allowed; it must hold at least one token or prompt", param="prompt")
     if isinstance(prompt[0], int):
         return [prompt]  # the body was validated: all are integers
-    if len(prompt) > MAX_PROMPTS:
-        raise RequestError(f"prompt holds {len(prompt)} prompts; at most {MAX_PROMPTS} are allowed", param="prompt")
+    if len(prompt) > MAX_CHOICES:
+        raise RequestError(f"prompt holds {len(prompt)} prompts; at most {MAX_CHOICES} are allowed", param="prompt")
     return prompt
 
 
-def _flatten(message: dict[str, Any], index: int) -> dict[str, Any]:
-    """A message whose content is one text, as chat templates expect it."""
-    where = f"messages[{index}]"
-    if not isinstance(message.get("role"), str):
-        raise RequestError(f"{where} has no role", param=where)
-    content = message.get("content")
-    if content is None:
-        content = ""
-    if isinstance(content, list):
-        content = "\n".join(_part_text(part, where) for part in content)
-    if not isinstance(content, str):
-        raise RequestError(f"{where}.content must be a text or a list of text parts", param=where)
-    return {**message, "content": content}
-
-
-def _part_text(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise RequestError(
-        f"{where} has a content part of type {kind!r}; only 'text' is supported",
-        param=where,
-        code="unsupported_parameter",
-    )
+def _is_prompt_only(body: _Body) -> bool:
+    return isinstance(body, CompletionRequest) and body.echo and body.max_tokens == 0
 
 
 def _chunk_object(job: Job) -> str:
     return "text_completion" if job.kind == "completion" else "chat.completion.chunk"
+
+
+def _body(job: Job, kind: str, choices: Sequence[Choice]) -> CompletionBody:
+    return CompletionBody(id=job.id, object=kind, created=job.created, model=job.model, choices=list(choices))
 
 
 def _event(body: CompletionBody | ErrorResponse) -> bytes:
