@@ -129,12 +129,12 @@ constexpr FusedKernels kKernels = {
     rms_norm_rows<T>,
     add_rms_norm_rows<T>,
     silu_mul_rows<T>,
-    {embed_rows<float, T>, embed_rows<Bfloat16, T>, embed_rows<Float16, T>},
+    {embed_rows<float, T>, embed_rows<BFloat16, T>, embed_rows<Float16, T>},
     rotate_and_write_tokens<T>,
 };
 
 }  // namespace
 }  // namespace folovllm
 
-// In the order of Dtype.
-#define FOLOVLLM_FUSED_TABLE {{kKernels<float>, kKernels<Bfloat16>, kKernels<Float16>}}
+// In the order of DType.
+#define FOLOVLLM_FUSED_TABLE {{kKernels<float>, kKernels<BFloat16>, kKernels<Float16>}}

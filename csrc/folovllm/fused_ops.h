@@ -1,19 +1,16 @@
 // The operations of a layer that are neither a matrix product nor attention, each in one pass over its data.
 //
 // Values are rounded to the tensors' dtype at the same points as in the layers' torch code, and everything between two
-// such points is fp32. A row's arithmetic depends on nothing but the row, and is the same at every level of
-// instructions: results have the same bits alone and in a batch, with any number of threads, on any machine.
+// such points is fp32. A row's arithmetic depends on nothing but the row: it has the same bits alone and in a batch, with
+// any number of threads, and at every level of instructions (except that the portable one, without fused multiply-adds,
+// may round silu otherwise).
 #pragma once
 
 #include <cstdint>
-#include <string_view>
+
+#include "number_formats.h"
 
 namespace folovllm {
-
-enum class Dtype : std::uint8_t { kFloat32, kBfloat16, kFloat16 };
-
-// "float32", "bfloat16", "float16"; throws std::invalid_argument, which lists them, for another name.
-Dtype dtype_of(std::string_view name);
 
 // out[row] = round(x[row] / rms(x[row])) * weight. `x_stride` elements from row to row of x; out is contiguous.
 struct RmsNorm {
@@ -25,7 +22,7 @@ struct RmsNorm {
   std::int64_t size;
   float eps;
 };
-void rms_norm(const RmsNorm& op, Dtype dtype);
+void rms_norm(const RmsNorm& op, DType dtype);
 
 // residual += x, then out = norm(residual) as above. Contiguous rows; `out` may be `x`.
 struct AddRmsNorm {
@@ -37,7 +34,7 @@ struct AddRmsNorm {
   std::int64_t size;
   float eps;
 };
-void add_rms_norm(const AddRmsNorm& op, Dtype dtype);
+void add_rms_norm(const AddRmsNorm& op, DType dtype);
 
 // out[row] = round(silu(gate)) * up of rows [gate | up] of 2 * size elements.
 struct SiluMul {
@@ -46,7 +43,7 @@ struct SiluMul {
   std::int64_t num_rows;
   std::int64_t size;
 };
-void silu_mul(const SiluMul& op, Dtype dtype);
+void silu_mul(const SiluMul& op, DType dtype);
 
 // out[row] = table[ids[row]], converted; the rows of the table are `row_stride` elements apart.
 struct Embed {
@@ -57,7 +54,7 @@ struct Embed {
   std::int64_t size;
   void* out;
 };
-void embed(const Embed& op, Dtype table_dtype, Dtype dtype);
+void embed(const Embed& op, DType table_dtype, DType dtype);
 
 // The shapes and constants that all steps of one attention layer share.
 struct QKVLayout {
@@ -65,7 +62,7 @@ struct QKVLayout {
   std::int64_t num_kv_heads;
   std::int64_t head_size;
   std::int64_t block_size;  // tokens per block of the cache
-  Dtype dtype;
+  DType dtype;
   const void* cos_sin;  // [max_positions, head_size]: cos of head_size / 2 angles, then sin
   const void* q_norm;   // [head_size], or null: queries are not normalised
   const void* k_norm;

