@@ -4,16 +4,20 @@ import json
 import multiprocessing
 import tempfile
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import httpx
 import msgspec
 import tokenizers
 import zmq
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from folovllm.engine.async_llm import AsyncLLM
 from folovllm.engine.messages import (
     AbortRequests,
     CallResult,
@@ -23,11 +27,16 @@ from folovllm.engine.messages import (
     EngineCoreOutputs,
     EngineCoreRequest,
     FinishReason,
+    LogprobsLists,
     ResetPrefixCache,
     SchedulerStats,
     ShutdownCore,
     ToCore,
 )
+from folovllm.entrypoints.openai.middleware import RequestGate
+from folovllm.entrypoints.openai.routes import build_app
+from folovllm.entrypoints.openai.serving import OpenAIServing
+from folovllm.metrics.stats import EngineMetrics
 from folovllm.transformers_utils.tokenizer import Tokenizer
 
 PARAGRAPH = """A block holds the keys and values of a few tokens. When two prompts begin alike, their first blocks are
@@ -61,17 +70,17 @@ def make_backend(vocab_size: int = 400) -> tokenizers.Tokenizer:
     return backend
 
 
-def write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path, chat_template: str = CHAT_TEMPLATE) -> None:
     """tokenizer.json, tokenizer_config.json with a chat template."""
     directory.mkdir(parents=True, exist_ok=True)
     make_backend().save(str(directory / "tokenizer.json"))
-    config = {"eos_token": EOS, "pad_token": {"content": SPECIAL_TOKENS[0]}, "chat_template": CHAT_TEMPLATE}
+    config = {"eos_token": EOS, "pad_token": {"content": SPECIAL_TOKENS[0]}, "chat_template": chat_template}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_front_end_files(directory: Path) -> Path:
+def write_front_end_files(directory: Path, chat_template: str = CHAT_TEMPLATE) -> Path:
     """What a front end reads of a checkpoint: everything but weights."""
-    write_tokenizer(directory)
+    write_tokenizer(directory, chat_template)
     tokenizer = Tokenizer.from_checkpoint(directory)
     config = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id}
     (directory / "config.json").write_text(json.dumps(config))
@@ -83,7 +92,8 @@ class FakeCore:
     """An engine core whose model repeats the prompt for ever: token i of the output is token i of the prompt, cyclic.
 
     It takes at most `max_num_seqs` requests at once, one token each per step; a prompt seen before counts as cached.
-    The prompt UNLUCKY is given up.
+    Every token has the log-probability -id / 1000, and rank 3 behind the tokens 20 and 21. The prompt UNLUCKY is given
+    up.
     """
 
     max_num_seqs: int = 8
@@ -146,6 +156,8 @@ class FakeCore:
             new_token_ids=[token],
             finish_reason=reason,
             num_cached_tokens=cached.get(request.request_id, 0),
+            new_logprobs=make_logprobs([token], params.logprobs),
+            new_prompt_logprobs=make_logprobs(prompt[1:], params.prompt_logprobs) if done == 0 else None,
         )
 
     def reset_prefix_cache(self, reset_connector: bool = False) -> bool:
@@ -156,6 +168,18 @@ class FakeCore:
 
     def shutdown(self) -> None:
         self.is_shut_down = True
+
+
+def make_logprobs(tokens: list[int], num_top: int | None) -> LogprobsLists | None:
+    """What a FakeCore says of tokens; nothing when it was not asked."""
+    if num_top is None:
+        return None
+    top = [20, 21][:num_top]
+    return LogprobsLists(
+        [[token, *top] for token in tokens],
+        [[-token / 1000, *[-i / 10000 for i in top]] for token in tokens],
+        [3 for _ in tokens],
+    )
 
 
 @dataclass
@@ -170,6 +194,19 @@ class FakeHandle:
     def close(self) -> None:
         self.process.join(60)
         self.directory.cleanup()
+
+
+@asynccontextmanager
+async def fake_server(directory: Path, model: str = "demo") -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the HTTP application over a FakeCore, whose front end reads `directory`."""
+    engine = AsyncLLM(start_fake_core(), EngineMetrics(model))  # type: ignore[arg-type]
+    try:
+        await engine.start(directory, False, 60)
+        app = RequestGate(build_app(OpenAIServing(engine, model), str(directory)), None)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client:
+            yield client
+    finally:
+        await engine.shutdown()
 
 
 def start_fake_core(death: str | None = None, step_ms: int = 1) -> FakeHandle:
