@@ -18,8 +18,20 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
 endif()
 
 # Attention.
-list(APPEND FOLOVLLM_KERNEL_SOURCES)
-list(APPEND FOLOVLLM_TESTS)
+list(APPEND FOLOVLLM_KERNEL_SOURCES attention_paged.cpp attention_plan.cpp attention_portable.cpp)
+list(APPEND FOLOVLLM_TESTS attention_test)
+# The order and rounding of operations is part of the contract: no contraction but the fma that are written.
+set(FOLOVLLM_ATTENTION_OPTIONS -ffp-contract=off)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  list(APPEND FOLOVLLM_KERNEL_SOURCES attention_avx2.cpp attention_avx512.cpp)
+  # gcc 12 finds its own intrinsics uninitialised (its bug 105593).
+  set(FOLOVLLM_ATTENTION_AVX2 ${FOLOVLLM_ATTENTION_OPTIONS} -Wno-uninitialized -Wno-maybe-uninitialized
+                              -mavx2 -mfma -mf16c)
+  set(FOLOVLLM_ATTENTION_AVX512 ${FOLOVLLM_ATTENTION_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+  set_source_files_properties(attention_avx2.cpp PROPERTIES COMPILE_OPTIONS "${FOLOVLLM_ATTENTION_AVX2}")
+  set_source_files_properties(attention_avx512.cpp PROPERTIES COMPILE_OPTIONS "${FOLOVLLM_ATTENTION_AVX512}")
+endif()
+set_source_files_properties(attention_portable.cpp PROPERTIES COMPILE_OPTIONS "${FOLOVLLM_ATTENTION_OPTIONS}")
 
 # Elementwise and sampling. One source, compiled for each level of instructions; without contraction to fused
 # multiply-adds, so that all levels give the same bits.

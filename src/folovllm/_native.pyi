@@ -80,6 +80,41 @@ class PackedLinear:
 
 # -- attention ------------------------------------------------------------------------------------------------------
 
+class PagedAttention:
+    """Causal attention over the paged cache `[num_blocks, 2, num_kv_heads, block_size, head_size]` of one layer.
+
+    `dtype` is that of query, cache and out. Calls on one object take turns.
+
+    Raises:
+        ValueError: num_heads is no multiple of num_kv_heads, an odd head size or one above 512, a size below 1, an
+            unknown dtype.
+    """
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_size: int, block_size: int, scale: float, dtype: str
+    ) -> None: ...
+    def forward(
+        self,
+        query: int,
+        query_stride: int,
+        kv_cache: int,
+        query_start_loc: int,
+        seq_lens: int,
+        block_tables: int,
+        block_table_stride: int,
+        num_reqs: int,
+        out: int,
+        out_stride: int,
+        batch_invariant: bool = False,
+    ) -> None:
+        """out [num_tokens, num_heads * head_size] = attention of the query rows, which are laid out like out.
+
+        Request i owns the rows [query_start_loc[i], query_start_loc[i + 1]), the last of its seq_lens[i] tokens, whose
+        K and V are in the blocks block_tables[i]; these three are int32. A row of the result has the same bits whatever
+        the other rows, the chunk it is computed in and the number of threads: always for float32 and float16, and for
+        bfloat16 with `batch_invariant`.
+        """
+
 # -- elementwise and sampling ---------------------------------------------------------------------------------------
 
 def rms_norm(x: int, x_stride: int, weight: int, out: int, num_rows: int, size: int, eps: float, dtype: str) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-AttentionBackendName = Literal["auto", "torch_naive", "torch_sdpa"]
+AttentionBackendName = Literal["auto", "torch_naive", "paged", "flash_attn"]
 
 SchedulingPolicy = Literal["fcfs", "priority"]
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
+from folovllm.attention.backends.flash_attn import FlashAttnBackend, padded_num_blocks
+from folovllm.attention.backends.paged import PagedBackend
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
-from folovllm.attention.backends.torch_sdpa import TorchSdpaBackend, padded_num_blocks
 from folovllm.attention.ops import block_rows, gather_kv, write_kv
 from folovllm.attention.selector import BACKENDS, select_backend
 from folovllm.errors import ConfigError
@@ -116,9 +117,9 @@ def test_stale_nan_in_reused_blocks_never_reaches_the_output(backend, batch):
     assert torch.equal(clean, dirty)
 
 
-def test_sdpa_decode_row_does_not_depend_on_its_neighbours():
+def test_flash_attn_decode_row_does_not_depend_on_its_neighbours():
     query, cache, metadata, _ = make_step(BATCHES["decodes"], 4)
-    together = attend(TorchSdpaBackend, query, cache, metadata)
+    together = attend(FlashAttnBackend, query, cache, metadata)
     for i in range(len(query)):
         seq_lens = metadata.seq_lens_cpu[i : i + 1]
         start = np.array([0, 1], dtype=np.int32)
@@ -130,7 +131,7 @@ def test_sdpa_decode_row_does_not_depend_on_its_neighbours():
             seq_lens=torch.from_numpy(seq_lens),
             seq_lens_cpu=seq_lens,
         )
-        assert torch.equal(attend(TorchSdpaBackend, query[i : i + 1], cache, alone)[0], together[i])
+        assert torch.equal(attend(FlashAttnBackend, query[i : i + 1], cache, alone)[0], together[i])
 
 
 def test_padding_wastes_at_most_a_third_and_yields_few_lengths():
@@ -161,7 +162,9 @@ def test_one_block_of_one_layer_is_contiguous_with_k_before_v():
 
 def test_auto_chooses_and_names_force_a_backend():
     cpu = torch.device("cpu")
-    assert select_backend("auto", cpu, torch.float32, 64) is TorchSdpaBackend
+    assert select_backend("auto", cpu, torch.float32, 64) is PagedBackend
+    assert select_backend("auto", cpu, torch.float32, 63) is FlashAttnBackend
+    assert select_backend("flash_attn", cpu, torch.float32, 64) is FlashAttnBackend
     assert select_backend("torch_naive", cpu, torch.float32, 64) is TorchNaiveBackend
-    with pytest.raises(ConfigError, match=r"attention_backend='flash'.*auto, torch_sdpa, torch_naive"):
+    with pytest.raises(ConfigError, match=r"attention_backend='flash'.*auto, paged, flash_attn, torch_naive"):
         select_backend("flash", cpu, torch.float32, 64)

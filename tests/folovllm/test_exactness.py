@@ -105,7 +105,7 @@ def test_shared_prefixes_are_reused_and_change_nothing(num_kv_blocks, start, ref
     assert stats.prefix_cache_hits > 0
 
 
-@pytest.mark.parametrize("backend", ["torch_naive", "torch_sdpa"])
+@pytest.mark.parametrize("backend", ["torch_naive", "paged", "flash_attn"])
 def test_every_backend_survives_preemption(backend, start, reference):
     name = "qwen3-llama3"
     prompts = prompts_of(MIXED_LENGTHS, SHAPES[name].vocab)

@@ -21,7 +21,7 @@ def shape(request):
     return SHAPES[request.param]
 
 
-@pytest.mark.parametrize("backend", ["torch_naive", "torch_sdpa"])
+@pytest.mark.parametrize("backend", ["torch_naive", "paged", "flash_attn"])
 def test_whole_prompts_alone_match_transformers(shape, backend, checkpoint, reference):
     driver = RunnerDriver(make_runner(checkpoint(shape.name), attention_backend=backend))
     for length in EDGE_LENGTHS:

@@ -27,7 +27,7 @@ def tokens(llm: LLM) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
 
 
-@pytest.mark.parametrize("backend", ["torch_naive", "torch_sdpa"])
+@pytest.mark.parametrize("backend", ["torch_naive", "flash_attn"])
 def test_cuda_gives_the_tokens_of_the_cpu(small_model, expected, backend):
     with LLM(str(small_model), device="cuda", attention_backend=backend, **OPTIONS) as llm:
         assert tokens(llm) == expected

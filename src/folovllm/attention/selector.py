@@ -3,12 +3,13 @@
 import torch
 
 from folovllm.attention.backends.abstract import AttentionBackend
+from folovllm.attention.backends.flash_attn import FlashAttnBackend
+from folovllm.attention.backends.paged import PagedBackend
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
-from folovllm.attention.backends.torch_sdpa import TorchSdpaBackend
 from folovllm.errors import ConfigError
 
 # Best first: the automatic choice takes the first that supports the case.
-BACKENDS: tuple[type[AttentionBackend], ...] = (TorchSdpaBackend, TorchNaiveBackend)
+BACKENDS: tuple[type[AttentionBackend], ...] = (PagedBackend, FlashAttnBackend, TorchNaiveBackend)
 
 
 def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> type[AttentionBackend]:

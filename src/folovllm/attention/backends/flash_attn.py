@@ -1,4 +1,7 @@
-"""torch's scaled_dot_product_attention over gathered blocks: the fast path of machines without a paged kernel."""
+"""torch's scaled_dot_product_attention (flash attention) over gathered blocks: where no paged kernel runs.
+
+Mirrors vllm/v1/attention/backends/flash_attn.py.
+"""
 
 from dataclasses import dataclass
 
@@ -39,28 +42,28 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class SdpaPlan:
+class FlashAttnPlan:
     """The step, split by shape."""
 
     decode_groups: list[DecodeGroup]
     chunks: list[Chunk]
 
 
-class TorchSdpaBackend(AttentionBackend):
+class FlashAttnBackend(AttentionBackend):
     """Chunks one by one with a bottom-right causal mask; decodes in padded batches.
 
     Query heads that share a KV head are laid along SDPA's query (decode) or head (chunk) axis, so K and V are never
     repeated.
     """
 
-    name = "torch_sdpa"
+    name = "flash_attn"
 
     @classmethod
     def supports(cls, device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
         """Everywhere torch runs."""
         return True
 
-    def plan(self, metadata: AttentionMetadata) -> SdpaPlan:
+    def plan(self, metadata: AttentionMetadata) -> FlashAttnPlan:
         """Group the decodes by padded length and build the masks of the chunks."""
         starts, seq_lens = metadata.query_start_loc_cpu, metadata.seq_lens_cpu
         query_lens = np.diff(starts)
@@ -71,11 +74,11 @@ class TorchSdpaBackend(AttentionBackend):
             for num_blocks in np.unique(padded[decodes])
         ]
         chunks = [self._chunk(metadata, int(i)) for i in np.flatnonzero(query_lens > 1)]
-        return SdpaPlan(groups, chunks)
+        return FlashAttnPlan(groups, chunks)
 
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Attend the chunks, then the groups of decodes."""
-        plan: SdpaPlan = metadata.backend_plan
+        plan: FlashAttnPlan = metadata.backend_plan
         output = torch.empty_like(query)
         for chunk in plan.chunks:
             output[chunk.start : chunk.end] = self._attend_chunk(query[chunk.start : chunk.end], kv_cache, chunk)

@@ -1,0 +1,10 @@
+// Exact attention for this instruction set.
+#include "attention_vec_avx2.h"
+
+#include "attention_exact.h"
+
+namespace folovllm::attention {
+
+const Kernels& avx2_kernels(AttentionDtype dtype) { return exact_kernels_of(dtype); }
+
+}  // namespace folovllm::attention
