@@ -1,14 +1,8 @@
 """The scheduler without a connector: budget, order, preemption, stops, and the traps of prefix caching."""
 
 import pytest
-from tests.folovllm.core_fakes import (
-    FakeRunner,
-    expected_tokens,
-    make_request,
-    make_scheduler,
-    run_step,
-    run_to_end,
-)
+from tests.folovllm.core_fakes import FakeRunner, expected_tokens, make_request, make_scheduler
+from tests.folovllm.scheduler_driver import run_step, run_to_end
 
 from folovllm.core.sched.output import ModelRunnerOutput
 from folovllm.core.sched.scheduler import Scheduler

@@ -1,16 +1,8 @@
 """The scheduler with a KV connector: hits, loads that take time, that fail, that nobody wants any more."""
 
 import pytest
-from tests.folovllm.core_fakes import (
-    FakeConnector,
-    FakeRunner,
-    check_invariants,
-    expected_tokens,
-    make_request,
-    make_scheduler,
-    run_step,
-    run_to_end,
-)
+from tests.folovllm.core_fakes import FakeConnector, FakeRunner, expected_tokens, make_request, make_scheduler
+from tests.folovllm.scheduler_driver import check_invariants, run_step, run_to_end
 
 from folovllm.core.sched.scheduler import Scheduler
 from folovllm.request import RequestStatus

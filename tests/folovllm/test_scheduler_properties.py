@@ -1,6 +1,11 @@
-"""The scheduler under random workloads: whatever comes, nothing leaks, nothing is computed from wrong KV, all ends."""
+"""The scheduler under random workloads: whatever comes, nothing leaks, nothing is computed from wrong KV, all ends.
+
+What holds after each step (budget, seats, order, blocks) is checked by `scheduler_driver`; what each slot of the cache
+must contain by the fake runner. HYPOTHESIS_EXAMPLES multiplies the number of examples.
+"""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,21 +13,17 @@ from dataclasses import dataclass
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, note, settings
-from tests.folovllm.core_fakes import (
-    FakeConnector,
-    FakeRunner,
-    check_invariants,
-    expected_tokens,
-    make_request,
-    make_scheduler,
-)
+from tests.folovllm.core_fakes import FakeConnector, FakeRunner, expected_tokens, make_request, make_scheduler
+from tests.folovllm.scheduler_driver import Pipeline
 
+from folovllm.config import SchedulingPolicy
 from folovllm.core.sched.scheduler import Scheduler
-from folovllm.request import RequestStatus
+from folovllm.request import Request, RequestStatus
 from kvblocks.events import BlockRemoved, BlockStored, KVEvent
 from kvblocks.hashing import external_hash
 
 MAX_STEPS = 600
+SCALE = int(os.environ.get("HYPOTHESIS_EXAMPLES", "1"))
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,14 @@ class Arrival:
     prompt: tuple[int, ...]
     max_tokens: int
     abort_step: int | None
+    abort_in_flight: bool
+    """Aborted after a step was launched, not before."""
     hit: tuple[int, bool, int, str] | None
     undecided: int
     send_steps: int
     salt: str | None
+    priority: int
+    eos: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,11 @@ class Setup:
     max_num_seqs: int
     chunked: bool
     caching: bool
-    policy: str
+    policy: SchedulingPolicy
+    threshold: int
+    depth: int
+    """Most steps in flight; more than one with asynchronous scheduling."""
+    failure_policy: str
 
 
 # Few tokens and few beginnings, so that prompts share prefixes of all lengths.
@@ -69,10 +78,13 @@ def arrivals(*, with_connector: bool) -> st.SearchStrategy[Arrival]:
         prompt=prompts,
         max_tokens=st.integers(1, 20),
         abort_step=st.none() | steps,
+        abort_in_flight=st.booleans(),
         hit=hits if with_connector else st.none(),
         undecided=st.integers(0, 3) if with_connector else st.just(0),
         send_steps=st.integers(0, 4) if with_connector else st.just(0),
         salt=st.sampled_from([None, None, "tenant"]),
+        priority=st.integers(-1, 2),
+        eos=st.sampled_from([(), (), tuple(range(5)), tuple(range(0, 50, 3))]),
     )
 
 
@@ -87,7 +99,10 @@ setups = st.builds(
     max_num_seqs=st.integers(1, 6),
     chunked=st.booleans(),
     caching=st.booleans(),
-    policy=st.sampled_from(["recompute", "recompute", "fail"]),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    threshold=st.sampled_from([0, 0, 1, 3, 7]),
+    depth=st.sampled_from([1, 2, 2, 3]),
+    failure_policy=st.sampled_from(["recompute", "recompute", "fail"]),
 )
 
 
@@ -101,8 +116,10 @@ def build(setup: Setup, connector: FakeConnector | None) -> Scheduler:
         chunked=setup.chunked,
         caching=setup.caching,
         max_model_len=max_model_len,
+        policy=setup.policy,
+        threshold=setup.threshold if setup.chunked else 0,
         connector=connector,
-        kv_load_failure_policy=setup.policy,
+        kv_load_failure_policy=setup.failure_policy,
         enable_kv_cache_events=True,
     )
 
@@ -128,6 +145,18 @@ class Listener:
         assert +self.known == Counter(external_hash(b.block_hash) for b in blocks if b.block_hash is not None)
 
 
+def make(name: str, arrival: Arrival, policy: SchedulingPolicy) -> Request:
+    return make_request(
+        name,
+        arrival.prompt,
+        max_tokens=arrival.max_tokens,
+        salt=arrival.salt,
+        eos=arrival.eos,
+        priority=arrival.priority if policy == "priority" else 0,
+        arrival_time=float(arrival.step),
+    )
+
+
 def run(setup: Setup, workload: list[Arrival]) -> None:
     names = {f"r{i}": arrival for i, arrival in enumerate(sorted(workload, key=lambda a: a.step))}
     connector = None
@@ -137,34 +166,36 @@ def run(setup: Setup, workload: list[Arrival]) -> None:
             undecided={name: a.undecided for name, a in names.items()},
             sends={name: a.send_steps for name, a in names.items()},
         )
-    scheduler, runner, listener = build(setup, connector), FakeRunner(connector=connector), Listener()
+    scheduler, listener = build(setup, connector), Listener()
+    pipeline = Pipeline(scheduler, FakeRunner(connector=connector), setup.depth)
     tokens: dict[str, list[int]] = {name: [] for name in names}
     reasons: dict[str, str] = {}
+
+    def abort(step: int, *, in_flight: bool) -> None:
+        for name, arrival in names.items():
+            if (arrival.abort_step, arrival.abort_in_flight) == (step, in_flight) and name in scheduler.requests:
+                scheduler.finish_requests([name], RequestStatus.FINISHED_ABORTED)
+                reasons[name] = "abort"
+
     for step in range(MAX_STEPS):
         for name, arrival in names.items():
             if arrival.step == step:
-                scheduler.add_request(
-                    make_request(name, arrival.prompt, max_tokens=arrival.max_tokens, salt=arrival.salt)
-                )
-            if arrival.abort_step == step and name in scheduler.requests:
-                scheduler.finish_requests([name], RequestStatus.FINISHED_ABORTED)
-                reasons[name] = "abort"
-        output = scheduler.schedule()
-        assert output.total_num_scheduled_tokens <= scheduler.scheduler_config.max_num_batched_tokens
-        assert len(scheduler.running) <= scheduler.scheduler_config.max_num_seqs
-        if connector is None:
+                scheduler.add_request(make(name, arrival, setup.policy))
+        abort(step, in_flight=False)
+        pipeline.launch()
+        abort(step, in_flight=True)
+        if connector is None and setup.policy == "fcfs":
             order = [int(request.request_id[1:]) for request in scheduler.running]
             assert order == sorted(order), "first come, first served"
-        for emitted in scheduler.update_from_output(output, runner.execute_model(output)):
+        for emitted in pipeline.complete():
             assert emitted.request_id not in reasons, "output after the end"
             tokens[emitted.request_id] += emitted.new_token_ids
             assert 0 <= emitted.num_external_cached_tokens <= emitted.num_cached_tokens
             if emitted.finish_reason:
                 reasons[emitted.request_id] = emitted.finish_reason
-        check_invariants(scheduler, runner)
         listener.take(scheduler.kv_cache_manager.take_events())
         listener.check(scheduler)
-        if step > 25 and not scheduler.has_work:
+        if step > 25 and not pipeline.has_work:
             break
     else:
         raise AssertionError(f"livelock: {reasons}, left {list(scheduler.requests)}")
@@ -181,11 +212,15 @@ def check_ends(
     for name, arrival in names.items():
         expected = expected_tokens(arrival.prompt, len(tokens[name]))
         assert tokens[name] == expected, "tokens depend on who shared the batch"
+        num_before_end = len(tokens[name]) - (reasons[name] == "stop")
+        assert not set(arrival.eos) & set(tokens[name][:num_before_end]), "it went on after its end"
+        if reasons[name] == "stop":
+            assert tokens[name][-1] in arrival.eos
         if reasons[name] == "length":
             assert len(tokens[name]) == min(arrival.max_tokens, 64 - len(arrival.prompt))
         if reasons[name] == "error":
             needed = len(arrival.prompt) + arrival.max_tokens - 1
-            may_fail = setup.policy == "fail"  # its load, or that of a request whose blocks it shares
+            may_fail = setup.failure_policy == "fail"  # its load, or that of a request whose blocks it shares
             assert needed > scheduler.capacity_tokens or may_fail, "an error for a request that fits"
 
 
@@ -196,13 +231,13 @@ def _quiet() -> Iterator[None]:
     logging.getLogger("folovllm.core.sched").setLevel(logging.NOTSET)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250 * SCALE, deadline=None)
 @given(setups, workloads(with_connector=False))
 def test_random_workload(setup: Setup, workload: list[Arrival]) -> None:
     run(setup, workload)
 
 
-@settings(max_examples=350, deadline=None)
+@settings(max_examples=350 * SCALE, deadline=None)
 @given(setups, workloads(with_connector=True))
 def test_random_workload_with_connector(setup: Setup, workload: list[Arrival]) -> None:
     run(setup, workload)

@@ -102,7 +102,7 @@ class EngineCore:
         Raises:
             InvalidRequestError: its id is in use, or it has a priority that the scheduling policy does not heed.
         """
-        while self._steps and self.scheduler.is_leaving(request.request_id):
+        while self._steps and request.request_id in self.scheduler.leaving:
             # Its caller has had all output of the request that had this id before.
             self._kept_outputs += self._complete_step()
         self.scheduler.add_request(Request(request, self._block_hash_fn))

@@ -89,7 +89,7 @@ class Scheduler:
             InvalidRequestError: its id is in use, or it has a priority and the policy heeds none.
         """
         request_id, state = request.request_id, self._state
-        if request_id in state.requests or request_id in self.transfers.held_request_ids or self.is_leaving(request_id):
+        if request_id in state.requests or request_id in state.leaving or request_id in self.transfers.held_request_ids:
             raise InvalidRequestError(f"request id {request_id!r} is in use; give each request its own")
         if request.priority and self.scheduler_config.policy != "priority":
             raise InvalidRequestError(
@@ -124,6 +124,11 @@ class Scheduler:
         return self._state.running
 
     @property
+    def leaving(self) -> dict[str, Request]:
+        """Finished requests that a step in flight still computes."""
+        return self._state.leaving
+
+    @property
     def capacity_tokens(self) -> int:
         """The longest request, prompt and output, that the block pool can ever hold."""
         return self.kv_cache_manager.capacity_tokens
@@ -145,10 +150,6 @@ class Scheduler:
         return bool(
             state.requests or state.finished_req_ids or state.pending_outputs or self.transfers.held_request_ids
         )
-
-    def is_leaving(self, request_id: str) -> bool:
-        """Whether the request has ended, but a step in flight still computes it."""
-        return request_id in self._state.leaving
 
     # -- a step ----------------------------------------------------------------------------------------------------
     def schedule(self) -> SchedulerOutput:
