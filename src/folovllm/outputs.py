@@ -46,6 +46,7 @@ class RequestMetrics:
     """Times of one request, in seconds of time.monotonic()."""
 
     arrival_time: float
+    scheduled_time: float | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
 

@@ -69,6 +69,7 @@ class Request:
         "prompt_token_ids",
         "request_id",
         "sampling_params",
+        "scheduled_time",
         "status",
         "stop_reason",
         "was_scheduled",
@@ -95,6 +96,8 @@ class Request:
         self.num_steps_in_flight = 0
         """Steps that compute it and whose result is not in: until then its blocks stay its own."""
         self.num_preemptions = 0
+        self.scheduled_time = 0.0
+        """When it was first scheduled, in seconds of time.monotonic(); 0 until then."""
         self.num_cached_tokens: int | None = None
         """Prompt tokens that were not computed, external ones included; None until first scheduled."""
         self.num_external_cached_tokens = 0

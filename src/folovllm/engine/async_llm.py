@@ -102,6 +102,11 @@ class AsyncLLM:
         try:
             await engine.start(directory, args.skip_tokenizer_init, start_timeout_s)
             engine.processor.scheduling_policy = args.scheduling_policy
+            engine.metrics.set_cache_config(
+                block_size=args.block_size,
+                num_gpu_blocks=engine.processor.limits.pool_tokens // args.block_size + 1,
+                enable_prefix_caching=args.enable_prefix_caching,
+            )
         except BaseException:
             await engine.shutdown()
             raise

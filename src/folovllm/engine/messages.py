@@ -73,6 +73,10 @@ class EngineCoreOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=Tru
     """Prompt tokens not computed at first scheduling: device hit plus what the connector loaded."""
     num_external_cached_tokens: int = 0
     """The part of `num_cached_tokens` that the connector loaded."""
+    scheduled_time: float = 0.0
+    """When a step first took it up, in seconds of time.monotonic(), one clock for all processes; 0: never."""
+    num_preemptions: int = 0
+    """How often it lost its blocks so far."""
     new_logprobs: LogprobsLists | None = None
     """Of `new_token_ids`, when the request asked for them."""
     new_prompt_logprobs: LogprobsLists | None = None

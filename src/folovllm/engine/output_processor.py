@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from folovllm.engine.detokenizer import IncrementalDetokenizer
 from folovllm.engine.logprobs import to_position_logprobs
 from folovllm.engine.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
-from folovllm.metrics.stats import EngineMetrics
+from folovllm.metrics.stats import EngineMetrics, RequestFacts
 from folovllm.outputs import CompletionOutput, PositionLogprobs, RequestMetrics
 from folovllm.transformers_utils.tokenizer import Tokenizer
 
@@ -47,6 +47,8 @@ class RequestState:
         self.num_cached_tokens = 0
         self.num_external_cached_tokens = 0
         self.num_output_tokens = 0
+        self.num_preemptions = 0
+        self.max_tokens = request.sampling_params.max_tokens
         self.prompt_logprobs: list[PositionLogprobs | None] | None = None
         """There with the first delta, when the request asked for them."""
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
@@ -71,6 +73,8 @@ class RequestState:
             self.num_external_cached_tokens = output.num_external_cached_tokens
         if output.new_prompt_logprobs is not None:
             self.prompt_logprobs = [None, *to_position_logprobs(output.new_prompt_logprobs, self._tokenizer)]
+        self.num_preemptions = output.num_preemptions
+        self.metrics.scheduled_time = output.scheduled_time or None
         delta = self._detokenize(output)
         self.num_output_tokens += len(delta.token_ids)
         if self._mailbox is None:
@@ -180,18 +184,19 @@ class OutputProcessor:
         """
         now = time.monotonic()
         to_abort = []
-        if self._metrics is not None and outputs.scheduler_stats is not None:
-            self._metrics.observe_scheduler(outputs.scheduler_stats)
+        num_tokens = 0
         for output in outputs.outputs:
             state = self._states.get(output.request_id)
             if state is None:  # aborted in the meantime
                 continue
             delta = state.add(output)
-            self._observe(state, delta, now)
+            num_tokens += self._observe(state, delta, now)
             if delta.finish_reason is not None:
                 del self._states[state.request_id]
                 if output.finish_reason is None:
                     to_abort.append(state.request_id)
+        if self._metrics is not None:
+            self._metrics.observe_step(outputs.scheduler_stats, num_tokens)
         return to_abort
 
     def abort(self, request_id: str) -> bool:
@@ -199,7 +204,7 @@ class OutputProcessor:
         if self._states.pop(request_id, None) is None:
             return False
         if self._metrics is not None:
-            self._metrics.observe_finish("abort", None)
+            self._metrics.observe_finish("abort")
         return True
 
     def fail_all(self, error: Exception) -> None:
@@ -208,20 +213,35 @@ class OutputProcessor:
         for state in states.values():
             state.fail(error)
             if self._metrics is not None:
-                self._metrics.observe_finish("error", None)
+                self._metrics.observe_finish("error")
 
-    def _observe(self, state: RequestState, delta: RequestDelta, now: float) -> None:
+    def _observe(self, state: RequestState, delta: RequestDelta, now: float) -> int:
+        """Note times; returns the tokens that the step computed for this request, as far as they are known here."""
         metrics, times = self._metrics, state.metrics
+        num_tokens = len(delta.token_ids)
         if delta.token_ids:
             previous, times.last_token_time = times.last_token_time, now
-            if previous is None:
-                times.first_token_time = now
             if metrics is not None:
                 metrics.observe_tokens(len(delta.token_ids), None if previous is None else now - previous)
-                if previous is None:
-                    metrics.observe_first_token(len(state.prompt_token_ids), now - times.arrival_time)
+            if previous is None:
+                times.first_token_time = now
+                num_tokens += len(state.prompt_token_ids)
+                if metrics is not None:
+                    metrics.observe_first_token(_facts(state), now - times.arrival_time)
         if delta.finish_reason is not None and metrics is not None:
-            metrics.observe_finish(delta.finish_reason, now - times.arrival_time)
+            metrics.observe_finish(delta.finish_reason, _facts(state), times, now)
+        return num_tokens
+
+
+def _facts(state: RequestState) -> RequestFacts:
+    return RequestFacts(
+        num_prompt_tokens=len(state.prompt_token_ids),
+        num_cached_tokens=state.num_cached_tokens,
+        num_external_cached_tokens=state.num_external_cached_tokens,
+        num_generation_tokens=state.num_output_tokens,
+        max_tokens=state.max_tokens,
+        num_preemptions=state.num_preemptions,
+    )
 
 
 def _nothing() -> None:

@@ -83,6 +83,7 @@ class ParentRequest:
         each = [state.metrics for state in self.states]
         return RequestMetrics(
             arrival_time=min(metrics.arrival_time for metrics in each),
+            scheduled_time=min((m.scheduled_time for m in each if m.scheduled_time is not None), default=None),
             first_token_time=min((m.first_token_time for m in each if m.first_token_time is not None), default=None),
             last_token_time=max((m.last_token_time for m in each if m.last_token_time is not None), default=None),
         )

@@ -6,6 +6,7 @@ waiting --local hit--> connector's hit --allocate--> running
 """
 
 import enum
+import time
 
 from folovllm.core.kv_cache_manager import KVCacheBlocks
 from folovllm.core.sched.kv_transfer import ExternalHit
@@ -80,5 +81,5 @@ def _admit(state: SchedulerState, request: Request, step: StepBuilder) -> _Admis
         step.add(request, num_new_tokens, CachedRequestData.from_request(request, block_ids, resumed=True))
     else:
         step.add(request, num_new_tokens, NewRequestData.from_request(request, block_ids))
-    request.was_scheduled = True
+        request.was_scheduled, request.scheduled_time = True, time.monotonic()
     return _Admission.ADMITTED

@@ -115,6 +115,8 @@ def make_output(
         stop_reason=request.stop_reason,
         num_cached_tokens=request.num_cached_tokens or 0,
         num_external_cached_tokens=request.num_external_cached_tokens,
+        scheduled_time=request.scheduled_time,
+        num_preemptions=request.num_preemptions,
         new_logprobs=runner_output.logprobs.get(request.request_id) if runner_output else None,
         new_prompt_logprobs=runner_output.prompt_logprobs.get(request.request_id) if runner_output else None,
     )
