@@ -97,10 +97,13 @@ class FakeRunner:
         self.slots: dict[int, bytes] = {}
         self.rows: dict[str, Row] = {}
         self.connector = connector
+        self.num_computed = 0
+        """Tokens, over all steps."""
 
     def execute_model(self, output: SchedulerOutput, *, may_be_wrong: bool = False) -> ModelRunnerOutput:
         """Run a step. `may_be_wrong`: it was scheduled before the scheduler heard of a load that failed."""
         self._update_rows(output)
+        self.num_computed += output.total_num_scheduled_tokens
         report = self.connector.run_step(self, output) if self.connector is not None else None
         invalid = report.invalid_block_ids if report is not None else set()
         # As in a layer of the model: all slots of the step are written, then the rows attend.

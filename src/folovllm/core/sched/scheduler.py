@@ -229,7 +229,7 @@ class Scheduler:
                 self._uncounted.append(request)
         if self._state.is_draining:
             return
-        for request in self._uncounted:
+        for request in [request for request in self._uncounted if not request.is_finished]:
             self._state.counters.count_prefix_hits(
                 request,
                 has_prefix_cache=self.kv_cache_manager.enable_caching,
