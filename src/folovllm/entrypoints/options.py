@@ -1,10 +1,10 @@
-"""Frozen option dataclasses as command line options, so that each option is declared once, where it belongs.
+"""Option dataclasses as command line options, so that each option is declared once, where it belongs.
 
     @app.command()
     @with_options(positional=("model",))              serve MODEL --max-num-seqs N --host H ...
     def serve(engine: EngineArgs, server: ServerOptions) -> None: ...
 
-An option left out takes the dataclass's default. A field's docstring is its help. Mirrors vllm/engine/arg_utils.py.
+An option left out takes the declared default. A field's docstring is its help. Mirrors vllm/engine/arg_utils.py.
 """
 
 import ast
@@ -14,35 +14,58 @@ import inspect
 import json
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
+import msgspec
 import typer
 
 from folovllm.errors import ConfigError
 
-_SCALARS = (str, int, float, bool)
+_SCALARS = (str, int, float, bool, Path)
+_MISSING = inspect.Parameter.empty
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GivenFields:
+    """Marks a parameter that takes those fields of `kind` that were given: `Annotated[dict[str, Any], GivenFields(K)]`."""
+
+    kind: type
+    without: tuple[str, ...] = ()
+    """Fields that are no options here."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Field:
+    name: str
+    type: Any
+    default: Any
+    help: str
+    envvar: tuple[str, ...] | None
 
 
 def with_options(*, positional: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace each parameter whose type is an option dataclass by one command line option per field.
+    """Replace each parameter whose type declares options by one command line option per field.
 
-    Fields named in `positional` become arguments. A dataclass with a `from_options` is built by it.
+    That is a dataclass (built by its `from_options` when it has one), or `GivenFields`. Fields named in `positional`
+    become arguments.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        groups: dict[str, type] = {}
+        groups: dict[str, tuple[Any, list[_Field]]] = {}
         parameters: list[inspect.Parameter] = []
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
-            if dataclasses.is_dataclass(parameter.annotation):
-                groups[parameter.name] = cast(type, parameter.annotation)
-                parameters += _parameters(parameter.annotation, positional)
-            else:
+            fields = _fields(parameter.annotation)
+            if fields is None:
                 parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+                continue
+            groups[parameter.name] = parameter.annotation, fields
+            parameters += [_parameter(field, field.name in positional) for field in fields]
 
         @functools.wraps(function)
         def command(**values: Any) -> None:
-            built = {name: _build(kind, values) for name, kind in groups.items()}
+            built = {name: _build(kind, fields, values) for name, (kind, fields) in groups.items()}
             function(**built, **values)
 
         # typer reads the one or the other.
@@ -53,40 +76,61 @@ def with_options(*, positional: tuple[str, ...] = ()) -> Callable[[Callable[...,
     return decorate
 
 
-def _parameters(kind: Any, positional: tuple[str, ...]) -> list[inspect.Parameter]:
+def _fields(annotation: Any) -> list[_Field] | None:
+    """The options that a parameter of this type declares; None when it is an ordinary parameter."""
+    for given in getattr(annotation, "__metadata__", ()):
+        if isinstance(given, GivenFields):
+            return [field for field in _declared(given.kind) if field.name not in given.without]
+    return _declared(annotation) if dataclasses.is_dataclass(annotation) else None
+
+
+def _declared(kind: Any) -> list[_Field]:
     helps = _docstrings(kind)
-    found = []
-    for field in dataclasses.fields(kind):
-        text, required = helps.get(field.name, ""), field.default is dataclasses.MISSING
-        annotation = _annotation(field.type)
-        if field.name in positional:
-            info: Any = typer.Argument(help=text, show_default=False)
-        else:
-            shown = False if required or field.default is None else str(field.default)
-            environment = field.metadata.get("envvar")
-            info = typer.Option(help=text, show_default=shown, envvar=environment, show_envvar=True)
-        default = inspect.Parameter.empty if required else None
-        found.append(
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-                annotation=Annotated[annotation if required else annotation | None, info],
-            )
+    if issubclass(kind, msgspec.Struct):
+        return [
+            _Field(f.name, f.type, _MISSING if f.required else f.default, helps.get(f.name, ""), None)
+            for f in msgspec.structs.fields(kind)
+        ]
+    return [
+        _Field(
+            f.name,
+            f.type,
+            _MISSING if f.default is dataclasses.MISSING else f.default,
+            helps.get(f.name, ""),
+            f.metadata.get("envvar"),
         )
-    return found
+        for f in dataclasses.fields(kind)
+    ]
 
 
-def _build(kind: type, values: dict[str, Any]) -> Any:
-    """The dataclass of what was given; its fields are taken out of `values`."""
+def _parameter(field: _Field, is_argument: bool) -> inspect.Parameter:
+    required = field.default is _MISSING
+    annotation = _annotation(field.type)
+    if is_argument:
+        info: Any = typer.Argument(help=field.help, show_default=False)
+    else:
+        shown = False if required or field.default in (None, ()) else str(field.default)
+        info = typer.Option(help=field.help, show_default=shown, envvar=cast(Any, field.envvar), show_envvar=True)
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=_MISSING if required else None,
+        annotation=Annotated[annotation if required else annotation | None, info],
+    )
+
+
+def _build(kind: Any, fields: list[_Field], values: dict[str, Any]) -> Any:
+    """What the parameter gets; its fields are taken out of `values`."""
     given = {}
-    for field in dataclasses.fields(kind):
+    for field in fields:
         value = values.pop(field.name)
-        if value is not None:
+        if value is not None and value != []:
             given[field.name] = _from_json(field.name, value) if _is_json(field.type) else value
-    make: Callable[[dict[str, Any]], Any] | None = getattr(kind, "from_options", None)
+    if not dataclasses.is_dataclass(kind):
+        return given
+    make: Callable[[Mapping[str, Any]], Any] | None = getattr(kind, "from_options", None)
     try:
-        return make(given) if make is not None else kind(**given)
+        return make(given) if make is not None else cast(type, kind)(**given)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -97,13 +141,18 @@ def _alternatives(kind: Any) -> list[Any]:
     return [member for member in members if member is not type(None)]
 
 
-def _is_json(kind: Any) -> bool:
-    alternatives = _alternatives(kind)
-    return not (len(alternatives) == 1 and (alternatives[0] in _SCALARS or get_origin(alternatives[0]) is Literal))
-
-
 def _annotation(kind: Any) -> Any:
-    return str if _is_json(kind) else _alternatives(kind)[0]
+    """What typer reads: a scalar, a choice, a list of scalars given one by one, or JSON text for all else."""
+    first, *others = _alternatives(kind)
+    if not others and (first in _SCALARS or get_origin(first) is Literal):
+        return first
+    if not others and get_origin(first) is tuple and get_args(first)[0] in _SCALARS:
+        return list[get_args(first)[0]]  # type: ignore[misc]
+    return str
+
+
+def _is_json(kind: Any) -> bool:
+    return _annotation(kind) is str and _alternatives(kind) != [str]
 
 
 def _from_json(name: str, text: str) -> dict[str, Any]:
@@ -141,7 +190,11 @@ _SHORT_HELPS = {
     "enable_chunked_prefill": "Compute long prompts in several steps.",
     "attention_backend": "Force one of the attention implementations.",
     "seed": "Seed of the requests that bring none.",
-    "skip_tokenizer_init": "Serve token ids only.",
+    "skip_tokenizer_init": "Take and give token ids only.",
     "kv_transfer_config": "KV connector, as JSON.",
     "kv_events_config": "KV event publisher, as JSON.",
+    "ignore_eos": "Go on after an end-of-sequence token.",
+    "skip_special_tokens": "Leave special tokens out of the text.",
+    "include_stop_str_in_output": "Keep the stop string in the text.",
+    "structured_outputs": 'What the text must look like, as JSON: {"json": schema}, {"regex": ...}, ...',
 }

@@ -1,0 +1,1 @@
+"""`folovllm bench`: `offline` (latency, throughput), `serve` (a load generator). Mirrors vllm/benchmarks."""
