@@ -129,7 +129,7 @@ class EngineConfig:
     kv_transfer_config: KVTransferConfig | None
     kv_events_config: KVEventsConfig | None
     num_threads: int | None
-    cpu_threads_bind: Literal["auto", "none"] = "auto"
+    cpu_threads_bind: Literal["none", "all"] = "none"
     kernels: Literal["auto", "torch"] = "auto"
     batch_invariant: bool = False
 

@@ -75,8 +75,8 @@ class EngineArgs:
     skip_tokenizer_init: bool = False
     num_threads: int | None = None
     """Threads of the model's arithmetic on a CPU; None takes one per CPU this process may use."""
-    cpu_threads_bind: Literal["auto", "none"] = "auto"
-    """Whether these threads stay on a CPU each: "auto" binds them when they take every CPU of the process."""
+    cpu_threads_bind: Literal["none", "all"] = "none"
+    """"all" keeps each of these threads on a CPU of its own: for an engine that has the machine to itself."""
     kernels: Literal["auto", "torch"] = "auto"
     """"torch" computes with torch's operations alone, also where there are native kernels: slower, to compare with."""
     batch_invariant: bool = False

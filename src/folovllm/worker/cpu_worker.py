@@ -6,6 +6,7 @@ import torch
 
 from folovllm import _native
 from folovllm.config import EngineConfig
+from folovllm.errors import ConfigError
 from folovllm.worker.worker_base import WorkerBase
 
 
@@ -13,13 +14,12 @@ class CPUWorker(WorkerBase):
     """Runs the model in this process's threads."""
 
     def prepare_device(self, config: EngineConfig) -> None:
-        """Set the number of threads of the kernels and of torch's arithmetic, which are global to the process.
-
-        Binding helps when the engine has the CPUs to itself; with fewer threads than CPUs, it could bind several
-        engines to the same ones.
-        """
+        """Set the number of threads of the kernels and of torch's arithmetic, which are global to the process."""
         cpus = sorted(os.sched_getaffinity(0))
         num_threads = config.num_threads if config.num_threads is not None else len(cpus)
         torch.set_num_threads(num_threads)
-        binds = config.cpu_threads_bind == "auto" and num_threads == len(cpus)
-        _native.set_num_threads(num_threads, cpus if binds else [])
+        if config.cpu_threads_bind == "all" and num_threads > len(cpus):
+            raise ConfigError(
+                f"cpu_threads_bind='all' has {len(cpus)} CPUs for num_threads={num_threads}; ask for no more threads"
+            )
+        _native.set_num_threads(num_threads, cpus if config.cpu_threads_bind == "all" else [])
