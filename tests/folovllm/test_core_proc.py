@@ -82,13 +82,16 @@ def model(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def front(model: str) -> Iterator[FrontEnd]:
-    front = FrontEnd(start_engine_core(make_args(model), FAKE))
+def front(model: str, request: pytest.FixtureRequest) -> Iterator[FrontEnd]:
+    """With a core that schedules asynchronously where the test asks for it."""
+    args = make_args(model, async_scheduling=getattr(request, "param", False))
+    front = FrontEnd(start_engine_core(args, FAKE))
     yield front
     front.close()
     assert not front.handle.runtime_dir.exists()
 
 
+@pytest.mark.parametrize("front", [False, True], ids=["synchronous", "asynchronous"], indirect=True)
 def test_life_of_a_core(front: FrontEnd) -> None:
     assert front.receive() == CoreReady(context_len=256, pool_tokens=128)
     assert front.handle.runtime_dir.stat().st_mode & 0o777 == 0o700
@@ -134,6 +137,7 @@ def test_killed_core_is_seen_through_its_sentinel(front: FrontEnd) -> None:
     assert front.handle.process.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("front", [False, True], ids=["synchronous", "asynchronous"], indirect=True)
 def test_failing_step_leaves_last_words(front: FrontEnd) -> None:
     front.receive()
     front.send(make_message("a", [POISON]))

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 from tests.folovllm.core_fakes import expected_tokens
-from tests.folovllm.fake_core import ConfiguredConnector, FakeExecutor, make_args, make_message, write_model
+from tests.folovllm.fake_core import (
+    POISON,
+    ConfiguredConnector,
+    FakeExecutor,
+    make_args,
+    make_message,
+    write_model,
+)
 
 from folovllm.engine.core import EngineCore
 from folovllm.engine.messages import EngineCoreOutput, EngineCoreOutputs
@@ -20,12 +27,13 @@ CONNECTOR = {"kv_connector": "tests.folovllm.fake_core.ConfiguredConnector"}
 MakeCore = Callable[..., EngineCore]
 
 
-@pytest.fixture
-def make_core(tmp_path: Path) -> Iterator[MakeCore]:
+@pytest.fixture(params=[False, True], ids=["synchronous", "asynchronous"])
+def make_core(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[MakeCore]:
     """make_core(**options) -> core; all are shut down afterwards."""
     cores = []
 
     def make(**options: Any) -> EngineCore:
+        options["async_scheduling"] = request.param
         executor = FakeExecutor()
         core = EngineCore(make_args(write_model(tmp_path / "model"), **options).resolve(), executor)
         executor.runner.connector = core.connector  # type: ignore[assignment]
@@ -193,3 +201,46 @@ def test_what_was_built_is_released_when_the_rest_fails(make_core: MakeCore, tmp
 def test_events_endpoint_in_use_fails_before_the_model_is_loaded(make_core: MakeCore) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(PublisherError):
         make_core(kv_events_config={"endpoint": f"tcp://*:{taken.getsockname()[1]}"})
+
+
+def test_threshold_without_chunks_is_refused_before_anything_is_built(make_core: MakeCore) -> None:
+    with pytest.raises(ConfigError, match="long_prefill_token_threshold=8 needs enable_chunked_prefill=True"):
+        make_core(long_prefill_token_threshold=8, enable_chunked_prefill=False)
+
+
+def test_priority_is_heeded_or_refused(make_core: MakeCore) -> None:
+    with pytest.raises(InvalidRequestError, match="priority=1"):
+        make_core().add_request(make_message("a", [1], priority=1))
+    core = make_core(scheduling_policy="priority", max_num_seqs=1)
+    for priority in (2, 1, 0):
+        core.add_request(make_message(f"p{priority}", [1], 1, priority=priority))
+    assert list(drain(core)) == ["p0", "p1", "p2"]
+
+
+def test_id_of_a_request_that_just_ended_may_be_used_again(make_core: MakeCore) -> None:
+    core = make_core()
+    stop = expected_tokens([1, 2], 2)[-1]
+    for _ in range(3):
+        core.add_request(make_message("a", [1, 2], 50, eos_token_ids=(stop,)))
+        outputs: list[EngineCoreOutput] = []
+        while not outputs or outputs[-1].finish_reason is None:
+            outputs += core.step().outputs
+        assert tokens_of(outputs) == expected_tokens([1, 2], 2)
+
+
+def test_reset_waits_for_steps_in_flight(make_core: MakeCore) -> None:
+    core = make_core()
+    core.add_request(make_message("a", list(range(9)), 1))
+    core.add_request(make_message("b", list(range(50, 59)), 60, eos_token_ids=expected_tokens(list(range(50, 59)), 1)))
+    assert {output.finish_reason for output in core.step().outputs} == {"length", "stop"}
+    assert core.reset_prefix_cache()
+    assert core.step().outputs == []
+
+
+def test_failure_of_the_model_surfaces(make_core: MakeCore) -> None:
+    core = make_core()
+    core.add_request(make_message("good", [1], 50))
+    core.step()
+    core.add_request(make_message("bad", [POISON]))
+    with pytest.raises(RuntimeError, match="the model met poison"):
+        drain(core)

@@ -72,6 +72,8 @@ class KVConnector(Protocol):
         """The request ended, be it before it had any block. True delays freeing them until `finished_sending` names it.
 
         Blocks that an asynchronous load is still writing stay until `finished_recving` names the request, as well.
+        No step computes the request any more; with asynchronous scheduling the worker half may have heard of its end
+        (`get_finished`) one step before.
         """
         ...
 
