@@ -13,6 +13,7 @@ namespace folovllm {
 void bind_linear(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_fused(nb::module_& m);
+void bind_sampling(nb::module_& m);
 void bind_quant(nb::module_& m);
 }  // namespace folovllm
 
@@ -29,5 +30,6 @@ NB_MODULE(_native, m) {
   bind_linear(m);
   bind_attention(m);
   bind_fused(m);
+  bind_sampling(m);
   bind_quant(m);
 }

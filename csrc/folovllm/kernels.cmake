@@ -1,6 +1,6 @@
 # The files of the kernels, one list per area.
 set(FOLOVLLM_KERNEL_SOURCES cpu_features.cpp thread_pool.cpp)
-set(FOLOVLLM_BINDING_SOURCES bind_linear.cpp bind_attention.cpp bind_fused.cpp bind_quant.cpp)
+set(FOLOVLLM_BINDING_SOURCES bind_linear.cpp bind_attention.cpp bind_fused.cpp bind_sampling.cpp bind_quant.cpp)
 set(FOLOVLLM_TESTS thread_pool_test)
 
 # Linear layers.
@@ -33,18 +33,23 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
 endif()
 set_source_files_properties(attention_portable.cpp PROPERTIES COMPILE_OPTIONS "${FOLOVLLM_ATTENTION_OPTIONS}")
 
-# Elementwise and sampling. One source, compiled for each level of instructions; without contraction to fused
-# multiply-adds, so that all levels give the same bits.
+# Elementwise and sampling. One source, compiled for each level of instructions; contracted to fused multiply-adds only
+# where they are written, so that all levels give the same bits.
 list(APPEND FOLOVLLM_KERNEL_SOURCES fused_ops.cpp fused_portable.cpp fused_avx2.cpp fused_avx512.cpp)
-list(APPEND FOLOVLLM_TESTS fused_test)
+list(APPEND FOLOVLLM_KERNEL_SOURCES sampling.cpp sampling_row.cpp sampling_top.cpp sampling_ranks.cpp
+     sampling_portable.cpp sampling_avx2.cpp sampling_avx512.cpp)
+list(APPEND FOLOVLLM_TESTS fused_test sampling_test)
 # gcc 12 finds its own intrinsics uninitialised (its bug 105593).
 set(FOLOVLLM_LEVEL_OPTIONS -ffp-contract=off -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)
-set_source_files_properties(fused_portable.cpp PROPERTIES COMPILE_OPTIONS "${FOLOVLLM_LEVEL_OPTIONS}")
+set_source_files_properties(fused_portable.cpp sampling_portable.cpp PROPERTIES
+                            COMPILE_OPTIONS "${FOLOVLLM_LEVEL_OPTIONS}")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  set_source_files_properties(fused_avx2.cpp PROPERTIES
-                              COMPILE_OPTIONS "${FOLOVLLM_LEVEL_OPTIONS};-mavx2;-mfma;-mf16c")
-  set_source_files_properties(fused_avx512.cpp PROPERTIES
-                              COMPILE_OPTIONS "${FOLOVLLM_LEVEL_OPTIONS};-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512")
+  set(FOLOVLLM_AVX2_OPTIONS ${FOLOVLLM_LEVEL_OPTIONS} -mavx2 -mfma -mf16c)
+  set(FOLOVLLM_AVX512_OPTIONS ${FOLOVLLM_AVX2_OPTIONS} -mavx512f -mavx512bw -mavx512dq -mavx512vl
+                              -mprefer-vector-width=512)
+  set_source_files_properties(fused_avx2.cpp sampling_avx2.cpp PROPERTIES COMPILE_OPTIONS "${FOLOVLLM_AVX2_OPTIONS}")
+  set_source_files_properties(fused_avx512.cpp sampling_avx512.cpp PROPERTIES
+                              COMPILE_OPTIONS "${FOLOVLLM_AVX512_OPTIONS}")
 endif()
 
 # Quantised linear layers.

@@ -183,4 +183,37 @@ def rotate_and_write(
         num_tokens: rows of the step.
     """
 
+def argmax(logits: int, num_rows: int, vocab_size: int, row_stride: int, dtype: str, out: int) -> None:
+    """The lowest index of the largest logit of each row, int64; NaN is passed over, and 0 is taken for a row of NaN."""
+
+def sample(
+    logits: int,
+    num_rows: int,
+    vocab_size: int,
+    row_stride: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    uniform: int,
+    out: int,
+) -> None:
+    """One token per row from softmax(logits / temperature), restricted by min_p, then top_k, then top_p.
+
+    A row's token depends on nothing but the row, its options and its uniform number. Tokens are ordered by falling
+    logit, then id, if top_k or top_p restricts the row, else by id.
+
+    Args:
+        logits: fp32, not changed.
+        num_rows: rows of logits.
+        vocab_size: logits of a row.
+        row_stride: elements from row to row.
+        temperature: `[num_rows]` fp32 above 0; address 0: 1 for all.
+        top_k: `[num_rows]` int64, 0 keeps all; address 0: all for all.
+        top_p: `[num_rows]` fp32, 1 keeps all; address 0: all for all.
+        min_p: `[num_rows]` fp32, 0 keeps all; address 0: all for all.
+        uniform: `[num_rows]` fp64 in [0, 1).
+        out: receives `[num_rows]` int64.
+    """
+
 # -- quantised linear layers ----------------------------------------------------------------------------------------

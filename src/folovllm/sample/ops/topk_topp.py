@@ -1,7 +1,10 @@
-"""Draw one token per row under top-k and top-p, from one uniform number per row.
+"""Draw one token per row under min-p, top-k and top-p, from one uniform number per row.
 
-The vocabulary is never sorted, and no noise is drawn over it: the token is found by inverting the
-cumulative distribution. How a row is treated follows from its own options and logits only, never from its neighbours.
+The vocabulary is never sorted, and no noise is drawn over it: the token is found by inverting the cumulative
+distribution, over tokens by falling logit if top-k or top-p restricts the row, else by id. How a row is treated follows
+from its own options and logits only, never from its neighbours. On a CPU a native kernel draws. The torch code here
+serves other devices: it gives the same tokens, but for rounding and for a nucleus wider than FIRST_NUCLEUS, from which
+it draws by rejection.
 Mirrors vllm/v1/sample/ops/topk_topp_sampler.py.
 """
 
@@ -9,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from folovllm.sample.ops import native
 from folovllm.sample.ops.nucleus import draw_nucleus
 
 SMALLEST_BUCKET = 8
@@ -21,18 +25,42 @@ def draw(
     top_k: npt.NDArray[np.int64],
     top_p: npt.NDArray[np.float32],
     uniform: npt.NDArray[np.float64],
+    min_p: npt.NDArray[np.float32] | None = None,
+    temperature: npt.NDArray[np.float32] | None = None,
 ) -> torch.Tensor:
-    """Draw from softmax(logits), restricted per row.
+    """Draw from softmax(logits / temperature), restricted per row: min-p, then top-k, then top-p.
 
     Args:
-        logits: `[num_rows, vocab_size]` fp32, already divided by the temperature.
+        logits: `[num_rows, vocab_size]` fp32.
         top_k: `[num_rows]`; 0 keeps all.
         top_p: `[num_rows]` in (0, 1]; applied to what top-k kept, renormalised.
         uniform: `[num_rows]` in [0, 1).
+        min_p: `[num_rows]` in [0, 1]; keeps tokens of at least this share of the most likely one's probability.
+            None keeps all.
+        temperature: `[num_rows]` above 0; None if `logits` are already divided by it.
 
     Returns:
         `[num_rows]` int64 token ids.
     """
+    if native.has_contiguous_rows(logits) and logits.dtype == torch.float32:
+        return native.draw(logits, top_k, top_p, uniform, min_p, temperature)
+    return draw_with_torch(logits, top_k, top_p, uniform, min_p, temperature)
+
+
+def draw_with_torch(
+    logits: torch.Tensor,
+    top_k: npt.NDArray[np.int64],
+    top_p: npt.NDArray[np.float32],
+    uniform: npt.NDArray[np.float64],
+    min_p: npt.NDArray[np.float32] | None = None,
+    temperature: npt.NDArray[np.float32] | None = None,
+) -> torch.Tensor:
+    """As `draw`, on any device."""
+    if temperature is not None:
+        logits = logits / torch.from_numpy(temperature).to(logits.device)[:, None]
+    if min_p is not None and (min_p > 0.0).any():
+        share = torch.from_numpy(min_p).to(logits.device)[:, None]
+        logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + share.log(), float("-inf"))
     vocab_size = logits.shape[1]
     top_k = np.where((top_k <= 0) | (top_k >= vocab_size), 0, top_k)
     tokens = torch.empty(len(top_k), dtype=torch.int64, device=logits.device)
