@@ -1,0 +1,1 @@
+"""GPTQ: the packed format of checkpoints (`packing`), and the quantiser that writes them (`quantize`)."""
