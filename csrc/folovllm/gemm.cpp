@@ -17,7 +17,11 @@ constexpr std::int64_t kMaxRows = 1024;
 // Weights per piece of work: long enough to stream and to be worth handing out, short enough to share out evenly.
 constexpr std::int64_t kPieceBytes = 256 << 10;
 constexpr std::int64_t kPiecesPerThread = 8;
-// Panels that kernels take together.
+// Activations per piece, which stay in a second level cache while its weights pass; but rows enough for the weights.
+constexpr std::int64_t kActivationBytes = 768 << 10;
+constexpr std::int64_t kMinRows = 64;
+// Rows and panels that kernels take together.
+constexpr std::int64_t kRowStep = 32;
 constexpr std::int64_t kPanelStep = 4;
 
 struct Free {
@@ -39,6 +43,12 @@ std::byte* scratch(std::int64_t num_bytes) {
   return data.get();
 }
 
+std::int64_t rows_per_piece(const Gemm& gemm, const GemmKernel& kernel) {
+  const std::int64_t row_bytes = gemm.in_features * static_cast<std::int64_t>(size_of(gemm.dtype));
+  const std::int64_t rows = kActivationBytes / row_bytes / kRowStep * kRowStep;
+  return std::min(std::max(rows, kMinRows), kernel.rows_per_piece);
+}
+
 std::int64_t panels_per_piece(const Gemm& gemm, std::int64_t num_panels, std::int64_t num_row_pieces) {
   const std::int64_t by_size = kPieceBytes / gemm.panel_bytes;
   const std::int64_t by_share = num_panels * num_row_pieces / (kPiecesPerThread * num_threads());
@@ -58,14 +68,15 @@ void run_rows(const Gemm& gemm, const GemmKernel& kernel) {
     });
   }
   const std::int64_t num_panels = (gemm.out_features + kPanelWidth - 1) / kPanelWidth;
-  const std::int64_t num_row_pieces = (gemm.num_rows + kernel.rows_per_piece - 1) / kernel.rows_per_piece;
+  const std::int64_t piece_rows = rows_per_piece(gemm, kernel);
+  const std::int64_t num_row_pieces = (gemm.num_rows + piece_rows - 1) / piece_rows;
   const std::int64_t step = panels_per_piece(gemm, num_panels, num_row_pieces);
   const std::int64_t num_panel_pieces = (num_panels + step - 1) / step;
   parallel_for(num_row_pieces * num_panel_pieces, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t piece = begin; piece < end; ++piece) {
-      const std::int64_t row = piece / num_panel_pieces * kernel.rows_per_piece;
+      const std::int64_t row = piece / num_panel_pieces * piece_rows;
       const std::int64_t panel = piece % num_panel_pieces * step;
-      kernel.compute(gemm, prepared, {row, std::min(row + kernel.rows_per_piece, gemm.num_rows)},
+      kernel.compute(gemm, prepared, {row, std::min(row + piece_rows, gemm.num_rows)},
                      {panel, std::min(panel + step, num_panels)});
     }
   });
@@ -73,9 +84,9 @@ void run_rows(const Gemm& gemm, const GemmKernel& kernel) {
 
 }  // namespace
 
-const GemmKernel& choose_gemm(DType dtype, std::int64_t num_rows, bool batch_invariant) {
-  (void)num_rows;
-  (void)batch_invariant;
+// Every kernel keeps one chain per output for any number of rows, and each reads the weights of a single row as fast as
+// memory gives them: there is nothing to choose by the number of rows, and invariance costs nothing.
+const GemmKernel& choose_gemm(DType dtype, std::int64_t /*num_rows*/, bool /*batch_invariant*/) {
 #if defined(__x86_64__)
   const Isa isa = current_isa();
   if (dtype == DType::kBFloat16 && isa >= Isa::kAmx) return gemm_amx();

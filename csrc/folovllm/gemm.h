@@ -44,7 +44,7 @@ struct GemmKernel {
   // Writes these rows of the outputs of these panels; rows begin at multiples of 16. Each output is accumulated over
   // k = 0, 1, 2, ... in one chain, whatever the ranges are: its bits depend on nothing but its row and its column.
   void (*compute)(const Gemm& gemm, const std::byte* prepared, Range rows, Range panels);
-  // Pieces of work: how many rows are best taken at a time.
+  // How many rows `compute` takes at most.
   std::int64_t rows_per_piece;
 };
 

@@ -10,7 +10,9 @@
 //
 // Two by two tiles do four products for four loads. Loads at that rate must come from the first level cache, so a
 // stretch of k of two panels of weights stays there while the rows of a piece pass over it, and the sums wait in memory
-// (as fp32, so nothing is rounded) for the next stretch.
+// (as fp32, so nothing is rounded) for the next stretch. Meanwhile the next two panels come into the second level.
+// Measured per core on 2.9 GHz cores whose limit is 1.9 to 3.0 TFLOP/s, 256 rows, K 1024: 1.34 TFLOP/s; with a stretch
+// of 16 blocks 1.10, of all 1.10; without reading ahead 1.14.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -22,9 +24,10 @@ namespace {
 
 constexpr std::int64_t kTileRows = 16;
 constexpr std::int64_t kTileBytes = 1024;
+constexpr std::int64_t kLineBytes = 64;
 constexpr std::int64_t kMaxPieceRows = 256;
-// Of k, in blocks of 32.
-constexpr std::int64_t kStretch = 16;
+// Of k, in blocks of 32: 16 KiB of weights and as much of activations.
+constexpr std::int64_t kStretch = 8;
 
 // The compiler's own intrinsics do not say that they read memory, so stores before them may be lost.
 template <int kTile>
@@ -139,9 +142,27 @@ void few_rows(const Gemm& gemm, const std::byte* left, Range rows, Range panels)
 
 // -- more -------------------------------------------------------------------------------------------------------------
 
+// What will be wanted next is fetched a few lines at a step, evenly over all steps.
+struct ReadAhead {
+  const std::byte* at;
+  int lines_per_step;
+
+  void step() {
+    for (int line = 0; line < lines_per_step; ++line, at += kLineBytes) _mm_prefetch(at, _MM_HINT_T1);
+  }
+};
+
+// Lines to be written are fetched before their sums are ready.
+void fetch_outputs(const Gemm& gemm, std::int64_t row, std::int64_t num_rows, std::int64_t panel) {
+  const std::int64_t size = gemm.out_dtype == DType::kFloat32 ? 4 : 2;
+  for (std::int64_t r = 0; r < num_rows; ++r) {
+    __builtin_prefetch(gemm.out + ((row + r) * gemm.out_stride + panel * kPanelWidth) * size, 1);
+  }
+}
+
 // One or two tiles of rows x one or two panels: adds k blocks [ks.begin, ks.end) to `sums`, [32][32].
 template <bool kTwoRows, bool kTwoPanels>
-void tile_block(const Gemm& gemm, const std::byte* left, std::int64_t panel, Range ks, float* sums) {
+void tile_block(const Gemm& gemm, const std::byte* left, std::int64_t panel, Range ks, float* sums, ReadAhead& ahead) {
   constexpr std::int64_t kSumsStride = 2 * kPanelWidth * 4;
   constexpr std::int64_t kHalf = kTileRows * 2 * kPanelWidth;
   if (ks.begin == 0) {
@@ -159,6 +180,7 @@ void tile_block(const Gemm& gemm, const std::byte* left, std::int64_t panel, Ran
   const std::byte* const right = gemm.weights + panel * gemm.panel_bytes;
   for (std::int64_t k = ks.begin; k < ks.end; ++k) {
     const std::int64_t at = k * kTileBytes;
+    ahead.step();
     load_tile<6>(left + at, 64);
     load_tile<4>(right + at, 64);
     multiply_tiles<0, 6, 4>();
@@ -183,16 +205,23 @@ template <bool kTwoPanels>
 void panel_block(const Gemm& gemm, const std::byte* left, Range rows, std::int64_t panel) {
   alignas(64) float sums[kMaxPieceRows * 2 * kPanelWidth];
   const std::int64_t blocks = k_blocks(gemm);
+  const std::int64_t passes = (rows.end - rows.begin + 2 * kTileRows - 1) / (2 * kTileRows);
+  // A single pass uses nothing twice, and waits for memory anyway.
+  const std::int64_t stretch = passes == 1 ? blocks : kStretch;
+  constexpr std::int64_t kLinesPerBlock = 2 * kTileBytes / kLineBytes;
+  ReadAhead ahead{gemm.weights + (panel + 2) * gemm.panel_bytes,
+                  passes == 1 ? 0 : static_cast<int>((kLinesPerBlock + passes - 1) / passes)};
   for (Range ks{0, 0}; ks.begin < blocks; ks.begin = ks.end) {
-    ks.end = ks.begin + kStretch < blocks ? ks.begin + kStretch : blocks;
+    ks.end = ks.begin + stretch < blocks ? ks.begin + stretch : blocks;
     for (std::int64_t row = rows.begin; row < rows.end; row += 2 * kTileRows) {
       const std::byte* const tiles = left + row / kTileRows * blocks * kTileBytes;
       float* const here = sums + (row - rows.begin) * 2 * kPanelWidth;
       const std::int64_t num_rows = rows.end - row < 2 * kTileRows ? rows.end - row : 2 * kTileRows;
+      if (ks.end == blocks) fetch_outputs(gemm, row, num_rows, panel);
       if (num_rows > kTileRows) {
-        tile_block<true, kTwoPanels>(gemm, tiles, panel, ks, here);
+        tile_block<true, kTwoPanels>(gemm, tiles, panel, ks, here, ahead);
       } else {
-        tile_block<false, kTwoPanels>(gemm, tiles, panel, ks, here);
+        tile_block<false, kTwoPanels>(gemm, tiles, panel, ks, here, ahead);
       }
       if (ks.end < blocks) continue;
       write_outputs(gemm, here, 2 * kPanelWidth, row, num_rows, panel);
