@@ -84,13 +84,7 @@ class Pool {
     epoch_.fetch_add(1, std::memory_order_seq_cst);
     if (num_asleep_.load(std::memory_order_seq_cst) > 0) epoch_.notify_all();
     job(0, count);
-    for (int spins = 0; num_working_.load(std::memory_order_acquire) != 0; ++spins) {
-      if (spins < kSpins) {
-        pause_cpu();
-      } else {
-        std::this_thread::yield();  // a worker has lost its core: let it have this one
-      }
-    }
+    wait_for_workers();
   }
 
  private:
@@ -120,8 +114,25 @@ class Pool {
       ++seen;
       if (is_stopping_.load(std::memory_order_relaxed)) return;
       (*job_)(thread, count);
-      num_working_.fetch_sub(1, std::memory_order_release);
+      // The last one wakes a caller that sleeps: either it sees the flag, or the caller sees the count.
+      if (num_working_.fetch_sub(1, std::memory_order_seq_cst) == 1 && is_caller_asleep_.load(std::memory_order_seq_cst)) {
+        num_working_.notify_one();
+      }
     }
+  }
+
+  void wait_for_workers() {
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (num_working_.load(std::memory_order_acquire) == 0) return;
+      pause_cpu();
+    }
+    // A worker has lost its core: leave it this one.
+    is_caller_asleep_.store(true, std::memory_order_seq_cst);
+    int working = 0;
+    while ((working = num_working_.load(std::memory_order_seq_cst)) != 0) {
+      num_working_.wait(working, std::memory_order_seq_cst);
+    }
+    is_caller_asleep_.store(false, std::memory_order_relaxed);
   }
 
   void wait_for_change(std::uint32_t seen) {
@@ -144,6 +155,7 @@ class Pool {
   // On lines of their own, because the workers spin on them:
   alignas(64) std::atomic<std::uint32_t> epoch_{0};
   alignas(64) std::atomic<int> num_working_{0};
+  std::atomic<bool> is_caller_asleep_{false};
   alignas(64) std::atomic<int> num_asleep_{0};
   alignas(64) std::atomic<int> size_;
 };
