@@ -217,3 +217,70 @@ def sample(
     """
 
 # -- quantised linear layers ----------------------------------------------------------------------------------------
+
+class QuantizedLinear:
+    """A linear layer of GPTQ weights, packed once from the checkpoint's tensors (quantization/packing.py).
+
+    W[n, k] = scale[g, n] * (q[n, k] - zero[g, n]), with g = k / group_size in the order of `set_permutation`. One thread
+    fills, then any number may call `forward` at once.
+
+    Raises:
+        ValueError: bits other than 4 and 8, an unknown dtype, sizes that do not fill 32-bit words, columns that the
+            layer does not have.
+        MemoryError: no room for the weights.
+    """
+
+    def __init__(
+        self, out_features: int, in_features: int, bits: int, group_size: int, dtype: str, scale_dtype: str
+    ) -> None:
+        """`dtype` is that of the activations, `scale_dtype` that of the checkpoint's scales."""
+
+    def set_permutation(self, permutation: int) -> None:
+        """Place i of K is input permutation[i], int32 [in_features]; before `fill`.
+
+        Raises:
+            ValueError: it is no permutation.
+        """
+
+    def fill(
+        self,
+        first_column: int,
+        num_columns: int,
+        qweight: int,
+        qweight_stride: int,
+        qzeros: int,
+        qzeros_stride: int,
+        scales: int,
+        scales_stride: int,
+        zero_offset: int,
+    ) -> None:
+        """Pack output columns from `first_column` on; strides in elements from row to row of the checkpoint's tensors.
+
+        `zero_offset` is added to the stored zero points: 1 for the format "gptq", 0 for "gptq_v2".
+        """
+
+    def set_bias(self, bias: int) -> None:
+        """Add float32 [out_features] to every result."""
+
+    def forward(
+        self,
+        x: int,
+        num_rows: int,
+        x_stride: int,
+        out: int,
+        out_stride: int,
+        out_dtype: str,
+        batch_invariant: bool = False,
+    ) -> None:
+        """out [num_rows, out_features] = x [num_rows, in_features] @ weights.T + bias.
+
+        A row of the result has the same bits whatever the other rows and the number of threads are; whatever
+        `num_rows` is, too, in float32 and float16, and in bfloat16 with `batch_invariant`.
+        """
+
+    def unpack(self, first_column: int, num_columns: int, out: int) -> None:
+        """Write dequantised columns to `out`: float32 [num_columns, in_features], inputs in the checkpoint's order."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights, scales and zero points, padding included."""
