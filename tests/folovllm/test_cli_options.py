@@ -77,13 +77,13 @@ def test_every_kind_of_field_is_read() -> None:
     assert taken == [(expected, 9)]
     call("build", "m", "--token", "flag", env={"TOKEN_OF_TESTS": "t"})
     assert taken[0][0].token == "flag"
+    assert "[red|blue]" in call("build", "--help")
 
 
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
         ((), "MODEL"),
-        (("m", "--color", "green"), "'red', 'blue'"),
         (("m", "--extra", "{"), "--extra is not JSON"),
         (("m", "--extra", "[]"), "--extra must be a JSON object"),
         (("m", "--size", "-1"), "size=-1 is not allowed"),

@@ -98,4 +98,5 @@ def test_latency_and_throughput_report(small_model: Path, tmp_path: Path) -> Non
 def test_bad_bench_options_are_named(small_model: Path) -> None:
     text = call("bench", "latency", "--model", str(small_model), "--num-iters", "0", code=2)
     assert "num_iters=0 is not allowed" in text
+    assert "one of completions, chat" in call("bench", "serve", "--endpoint", "embeddings", code=2)
     assert "range_ratio=1.0" in call("bench", "serve", "--range-ratio", "1", code=2)

@@ -29,7 +29,7 @@ _MISSING = inspect.Parameter.empty
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GivenFields:
-    """Marks a parameter that takes those fields of `kind` that were given: `Annotated[dict[str, Any], GivenFields(K)]`."""
+    """Marks a parameter that takes the given ones of the fields of `kind`: `Annotated[dict, GivenFields(K)]`."""
 
     kind: type
     without: tuple[str, ...] = ()
@@ -107,10 +107,12 @@ def _parameter(field: _Field, is_argument: bool) -> inspect.Parameter:
     required = field.default is _MISSING
     annotation = _annotation(field.type)
     if is_argument:
-        info: Any = typer.Argument(help=field.help, show_default=False)
+        info: Any = typer.Argument(help=field.help, show_default=False, metavar=field.name.upper())
     else:
         shown = False if required or field.default in (None, ()) else str(field.default)
-        info = typer.Option(help=field.help, show_default=shown, envvar=cast(Any, field.envvar), show_envvar=True)
+        info = typer.Option(
+            help=field.help, show_default=shown, envvar=cast(Any, field.envvar), metavar=_choices(field.type)
+        )
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -142,17 +144,28 @@ def _alternatives(kind: Any) -> list[Any]:
 
 
 def _annotation(kind: Any) -> Any:
-    """What typer reads: a scalar, a choice, a list of scalars given one by one, or JSON text for all else."""
+    """What typer reads: a scalar, a list of scalars given one by one, or JSON text for all else.
+
+    Choices are read as text: their dataclass knows them, and refuses others by name.
+    """
     first, *others = _alternatives(kind)
-    if not others and (first in _SCALARS or get_origin(first) is Literal):
+    if not others and first in _SCALARS:
         return first
+    if _choices(kind) is not None:
+        return str
     if not others and get_origin(first) is tuple and get_args(first)[0] in _SCALARS:
         return list[get_args(first)[0]]  # type: ignore[misc]
     return str
 
 
 def _is_json(kind: Any) -> bool:
-    return _annotation(kind) is str and _alternatives(kind) != [str]
+    return _annotation(kind) is str and _alternatives(kind) != [str] and _choices(kind) is None
+
+
+def _choices(kind: Any) -> str | None:
+    """The values of a Literal, as help shows them; None for other types."""
+    first = _alternatives(kind)[0]
+    return f"[{'|'.join(get_args(first))}]" if get_origin(first) is Literal else None
 
 
 def _from_json(name: str, text: str) -> dict[str, Any]:

@@ -31,13 +31,16 @@ class _GenerationBlock(jinja2.ext.Extension):
 class ChatTemplate:
     """A compiled chat template. Rendering is sandboxed: the template came with the checkpoint, not with us."""
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: dict[str, str], tool_source: str | None = None) -> None:
         """Compile `source`; `special_tokens` (`bos_token`, `eos_token`, ...) are its global variables.
+
+        `tool_source` is another template, for conversations with tools.
 
         Raises:
             ModelLoadError: the source is not a Jinja template.
         """
-        self.source = source
+        self.tool_source = source if tool_source is None else tool_source
+        """What tells the model of tools, and how to call them."""
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
         )
@@ -47,6 +50,7 @@ class ChatTemplate:
         environment.globals.update(special_tokens)
         try:
             self._template = environment.from_string(source)
+            self._tool_template = environment.from_string(self.tool_source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelLoadError(f"the checkpoint's chat template does not compile: {error}") from error
 
@@ -67,11 +71,12 @@ class ChatTemplate:
         """
         # Templates are written for transformers, which always defines these two.
         variables = {"tools": None, "documents": None, **variables}
+        template = self._tool_template if variables["tools"] else self._template
         shown = list(messages)
         if continue_final_message:
             shown[-1] = {**shown[-1], "content": f"{shown[-1].get('content') or ''}{_END_MARK}"}
         try:
-            text = self._template.render(messages=shown, add_generation_prompt=add_generation_prompt, **variables)
+            text = template.render(messages=shown, add_generation_prompt=add_generation_prompt, **variables)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise InvalidRequestError(f"the model's chat template refuses these messages: {error}") from error
         if not continue_final_message:
@@ -90,10 +95,11 @@ def load_chat_template(
     """The checkpoint's chat template: `chat_template.jinja`, else the entry in tokenizer_config.json, else None."""
     file = directory / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else tokenizer_config.get("chat_template")
+    tool_source = None
     if isinstance(source, list):  # several named templates
         named = {entry.get("name"): entry.get("template") for entry in source}
-        source = named.get("default")
-    return ChatTemplate(source, special_tokens) if isinstance(source, str) else None
+        source, tool_source = named.get("default"), named.get("tool_use")
+    return ChatTemplate(source, special_tokens, tool_source) if isinstance(source, str) else None
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

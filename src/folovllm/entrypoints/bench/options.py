@@ -102,6 +102,8 @@ class ServeOptions:
         Raises:
             ConfigError: one is not.
         """
+        if self.endpoint not in ("completions", "chat"):
+            raise ConfigError(f"endpoint={self.endpoint!r} is not allowed; it must be one of completions, chat")
         _require_positive(self, "num_prompts", "input_len", "output_len", "request_rate", "timeout")
         if self.max_concurrency is not None:
             _require_positive(self, "max_concurrency")

@@ -30,9 +30,9 @@ class ChatRenderer:
         self._processor = processor
         template = None if processor.tokenizer is None else processor.tokenizer.chat_template
         self._make_parser: MakeParser | None = choose_tool_parser(
-            tool_call_parser, None if template is None else template.source
+            tool_call_parser, None if template is None else template.tool_source
         )
-        self._template_takes_tools = template is not None and "tools" in template.source
+        self._template_takes_tools = template is not None and "tools" in template.tool_source
 
     def render(self, body: ChatCompletionRequest | TokenizeRequest) -> str:
         """The prompt for the body's messages.
