@@ -42,4 +42,4 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 pip install --upgrade 'pip>=24'
 pip install "$torch" 'scikit-build-core>=0.11,<2' 'nanobind>=2.9,<4' 'cmake>=3.22' ninja
 pip install --no-build-isolation --editable '.[dev]'
-"$venv/bin/python" -c 'import kvblocks._native, flexkv._native, kvrouter._native'
+"$venv/bin/python" -c 'import kvblocks._native, flexkv._native, kvrouter._native, folovllm._native'
