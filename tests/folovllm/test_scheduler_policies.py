@@ -141,7 +141,7 @@ class PriorityQueueMachine(RuleBasedStateMachine):
 
 
 TestPriorityQueue = PriorityQueueMachine.TestCase
-TestPriorityQueue.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPriorityQueue.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 
 
 def test_queue_forgets_what_was_removed() -> None:

@@ -23,6 +23,8 @@ from kvblocks.events import BlockRemoved, BlockStored, KVEvent
 from kvblocks.hashing import external_hash
 
 MAX_STEPS = 600
+DEPTHS = [1, 2, 3]
+"""Steps in flight: one with synchronous scheduling, two with asynchronous; the scheduler itself takes any number."""
 SCALE = int(os.environ.get("HYPOTHESIS_EXAMPLES", "1"))
 
 
@@ -55,8 +57,6 @@ class Setup:
     caching: bool
     policy: SchedulingPolicy
     threshold: int
-    depth: int
-    """Most steps in flight; more than one with asynchronous scheduling."""
     failure_policy: str
 
 
@@ -101,7 +101,6 @@ setups = st.builds(
     caching=st.booleans(),
     policy=st.sampled_from(["fcfs", "priority"]),
     threshold=st.sampled_from([0, 0, 1, 3, 7]),
-    depth=st.sampled_from([1, 2, 2, 3]),
     failure_policy=st.sampled_from(["recompute", "recompute", "fail"]),
 )
 
@@ -157,7 +156,7 @@ def make(name: str, arrival: Arrival, policy: SchedulingPolicy) -> Request:
     )
 
 
-def run(setup: Setup, workload: list[Arrival]) -> None:
+def run(setup: Setup, workload: list[Arrival], depth: int) -> None:
     names = {f"r{i}": arrival for i, arrival in enumerate(sorted(workload, key=lambda a: a.step))}
     connector = None
     if any(a.hit or a.undecided or a.send_steps for a in workload):
@@ -167,7 +166,7 @@ def run(setup: Setup, workload: list[Arrival]) -> None:
             sends={name: a.send_steps for name, a in names.items()},
         )
     scheduler, listener = build(setup, connector), Listener()
-    pipeline = Pipeline(scheduler, FakeRunner(connector=connector), setup.depth)
+    pipeline = Pipeline(scheduler, FakeRunner(connector=connector), depth)
     tokens: dict[str, list[int]] = {name: [] for name in names}
     reasons: dict[str, str] = {}
 
@@ -231,13 +230,15 @@ def _quiet() -> Iterator[None]:
     logging.getLogger("folovllm.core.sched").setLevel(logging.NOTSET)
 
 
-@settings(max_examples=250 * SCALE, deadline=None)
+@pytest.mark.parametrize("depth", DEPTHS)
+@settings(max_examples=70 * SCALE, deadline=None)
 @given(setups, workloads(with_connector=False))
-def test_random_workload(setup: Setup, workload: list[Arrival]) -> None:
-    run(setup, workload)
+def test_random_workload(depth: int, setup: Setup, workload: list[Arrival]) -> None:
+    run(setup, workload, depth)
 
 
-@settings(max_examples=350 * SCALE, deadline=None)
+@pytest.mark.parametrize("depth", DEPTHS)
+@settings(max_examples=90 * SCALE, deadline=None)
 @given(setups, workloads(with_connector=True))
-def test_random_workload_with_connector(setup: Setup, workload: list[Arrival]) -> None:
-    run(setup, workload)
+def test_random_workload_with_connector(depth: int, setup: Setup, workload: list[Arrival]) -> None:
+    run(setup, workload, depth)

@@ -19,10 +19,12 @@ def schedule_running(state: SchedulerState, step: StepBuilder) -> None:
         request = state.running[index]
         num_new_tokens = _num_wanted_tokens(state, request, step.token_budget)
         if num_new_tokens:
-            new_blocks = _allocate_or_preempt(state, request, num_new_tokens, step)
-            if new_blocks is None:
-                return
-            new_block_ids = new_blocks.get_block_ids()[0]
+            new_block_ids: list[int] = []
+            if not state.manager.has_slots(request, num_new_tokens):
+                new_blocks = _allocate_or_preempt(state, request, num_new_tokens, step)
+                if new_blocks is None:
+                    return
+                (new_block_ids,) = new_blocks.get_block_ids()
             step.add(request, num_new_tokens, CachedRequestData.from_request(request, new_block_ids, resumed=False))
         index += 1
 

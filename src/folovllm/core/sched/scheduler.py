@@ -218,8 +218,8 @@ class Scheduler:
             # Even alone it would be preempted for ever. A max_model_len within the capacity rules this out.
             state.log_failure(request, "it outgrew the block pool")
             state.finish(request, RequestStatus.FINISHED_ERROR)
-        elif request.num_computed_tokens == request.num_tokens:
-            # A step in flight computes this token already; when it was scheduled the token had no hash yet.
+        elif request.num_computed_tokens >= request.num_tokens:
+            # A step in flight computes this token already; when it was scheduled the block had no hash yet.
             self.kv_cache_manager.cache_blocks(request, request.num_tokens)
 
     def _count_prefix_hits(self, scheduler_output: SchedulerOutput) -> None:
