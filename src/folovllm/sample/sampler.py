@@ -15,6 +15,7 @@ import torch
 from folovllm.engine.messages import LogprobsLists
 from folovllm.sample.logits_processor.builtin import AUTHORITIES, OTHERS, mask
 from folovllm.sample.metadata import SamplingMetadata
+from folovllm.sample.ops import native
 from folovllm.sample.ops.logprobs import gather_logprobs_by_row
 from folovllm.sample.ops.topk_topp import draw
 from folovllm.sample.random import uniforms
@@ -43,13 +44,12 @@ class Sampler:
         """
         if metadata.num_logprobs is None:
             return SamplerOutput(self.sample(logits, metadata))
-        raw_rows = torch.from_numpy(np.flatnonzero(metadata.num_logprobs >= 0)).to(logits.device)
-        raw = logits[raw_rows]  # a copy
+        asking = np.flatnonzero(metadata.num_logprobs >= 0)
+        index = torch.from_numpy(asking).to(logits.device)
+        raw = logits[index]  # a copy
         tokens = self.sample(logits, metadata)
-        numbers = metadata.num_logprobs[metadata.num_logprobs >= 0]
-        reports = gather_logprobs_by_row(raw, tokens[raw_rows], numbers)
-        rows = np.flatnonzero(metadata.num_logprobs >= 0).tolist()
-        return SamplerOutput(tokens, {rows[i]: report for i, report in reports.items()})
+        reports = gather_logprobs_by_row(raw, tokens[index], metadata.num_logprobs[asking])
+        return SamplerOutput(tokens, {int(asking[i]): report for i, report in reports.items()})
 
     def sample(self, logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
         """Choose.
@@ -57,17 +57,17 @@ class Sampler:
         Returns:
             `[num_rows]` int64 token ids, on the device of `logits`.
         """
-        logits = logits.float()
         if metadata.processed or len(metadata.masked_rows):
+            logits = logits.float()
             self._process(logits, metadata)
         random = np.flatnonzero(metadata.temperature >= GREEDY_EPSILON)
         if len(random) == 0:
-            return logits.argmax(dim=-1)
+            return _argmax(logits)
         if len(random) == len(logits):
             return self._draw(logits, metadata, random)
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         greedy = torch.from_numpy(np.flatnonzero(metadata.temperature < GREEDY_EPSILON)).to(logits.device)
-        tokens[greedy] = logits[greedy].argmax(dim=-1)
+        tokens[greedy] = _argmax(logits[greedy])
         index = torch.from_numpy(random).to(logits.device)
         tokens[index] = self._draw(logits[index], metadata, random)
         return tokens
@@ -84,16 +84,11 @@ class Sampler:
             processor.apply(logits, rows)
 
     def _draw(self, logits: torch.Tensor, metadata: SamplingMetadata, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-        temperature = torch.from_numpy(metadata.temperature[rows]).to(logits.device)
         uniform = uniforms(metadata.seeds[rows], metadata.output_positions[rows])
-        logits = logits.div_(temperature[:, None])
-        if metadata.min_p is not None:
-            _apply_min_p(logits, metadata.min_p[rows])
-        return draw(logits, metadata.top_k[rows], metadata.top_p[rows], uniform)
+        min_p = None if metadata.min_p is None else metadata.min_p[rows]
+        temperature = metadata.temperature[rows]
+        return draw(logits.float(), metadata.top_k[rows], metadata.top_p[rows], uniform, min_p, temperature)
 
 
-def _apply_min_p(logits: torch.Tensor, min_p: npt.NDArray[np.float32]) -> None:
-    """Mask what is less likely than `min_p` times the most likely token, in the rows that use it."""
-    for row in np.flatnonzero(min_p > 0.0).tolist():
-        least = logits[row].amax() + float(np.log(min_p[row]))
-        logits[row].masked_fill_(logits[row] < least, float("-inf"))
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    return native.argmax(logits) if native.has_contiguous_rows(logits) else logits.argmax(dim=-1)

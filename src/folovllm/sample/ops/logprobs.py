@@ -27,9 +27,9 @@ def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs:
 def gather_logprobs_by_row(
     logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: npt.NDArray[np.int64]
 ) -> dict[int, LogprobsLists]:
-    """Row -> its report, for the rows whose `num_logprobs` is not negative."""
+    """Row -> its report, of as many of the most likely tokens as it asks for."""
     reports: dict[int, LogprobsLists] = {}
-    for number in np.unique(num_logprobs[num_logprobs >= 0]).tolist():
+    for number in np.unique(num_logprobs).tolist():
         rows = np.flatnonzero(num_logprobs == number)
         index = torch.from_numpy(rows).to(logits.device)
         report = gather_logprobs(logits[index], token_ids[index], number)
