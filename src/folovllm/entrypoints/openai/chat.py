@@ -16,6 +16,8 @@ from folovllm.entrypoints.openai.tool_parsers.forced import (
 from folovllm.entrypoints.openai.tool_parsers.hermes import START
 
 MakeParser = Callable[[], ToolParser]
+# As models write JSON. With white space at will a weak one may go on with it up to the length limit.
+_FORM = {"whitespace_pattern": " ?"}
 
 
 class ChatRenderer:
@@ -80,9 +82,10 @@ class ChatRenderer:
         if isinstance(choice, NamedToolChoice):
             name = choice.function.name
             [function, *_] = [f for f in functions if f["name"] == name]
-            options["structured_outputs"] = {"json": arguments_schema(function)}
+            options["structured_outputs"] = {"json": arguments_schema(function), **_FORM}
             return lambda: NamedToolParser(name)
-        options["structured_outputs"] = {"json": required_schema(functions, body.parallel_tool_calls is not False)}
+        schema = required_schema(functions, body.parallel_tool_calls is not False)
+        options["structured_outputs"] = {"json": schema, **_FORM}
         return RequiredToolParser
 
     def _auto_parser(self, options: dict[str, Any]) -> MakeParser:
