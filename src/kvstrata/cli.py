@@ -1,4 +1,5 @@
-"""The command line: `kvstrata serve | route | demo`. Options are parsed here, once; the work is done elsewhere.
+"""The command line: `kvstrata serve | route | demo | quantize`. Options are parsed here, once; the work is done
+elsewhere.
 
 An option left out takes the default declared where it belongs (`EngineArgs`, `RouterConfig`, ...).
 Each command imports what it needs when it runs, so that `route` loads no engine, and of `serve` only the engine core,
@@ -118,6 +119,40 @@ def demo(
     )
     with _one_line_errors(KVStrataError, aiohttp.ClientError, OSError):
         run_demo(options, Console())
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face hub id.")],
+    out: Annotated[Path, typer.Argument(help="Where to write; must not exist, or be empty.")],
+    calibration: Annotated[Path, typer.Option(help="UTF-8 text; its last tenth measures the perplexity.")],
+    bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale: 32, 64, 128, or -1 for all.")] = 128,
+    sym: Annotated[bool, typer.Option(help="Zero points in the middle, rather than one per group.")] = True,
+    desc_act: Annotated[bool, typer.Option(help="Round the inputs with the largest activations first.")] = False,
+    num_windows: Annotated[int, typer.Option(help="Pieces of the text to quantise by.")] = 128,
+    window_tokens: Annotated[int, typer.Option(help="Their length.")] = 512,
+) -> None:
+    """Quantise a checkpoint's linear layers with GPTQ, and compare perplexities."""
+    from rich.console import Console
+
+    from folovllm.engine.arg_utils import resolve_checkpoint
+    from folovllm.errors import FoloVLLMError
+    from kvstrata.quantize import run_quantize
+
+    with _one_line_errors(FoloVLLMError):
+        run_quantize(
+            resolve_checkpoint(model),
+            out,
+            bits=bits,
+            group_size=group_size,
+            calibration=calibration,
+            sym=sym,
+            desc_act=desc_act,
+            num_windows=num_windows,
+            window_tokens=window_tokens,
+            console=Console(),
+        )
 
 
 def main() -> NoReturn:
