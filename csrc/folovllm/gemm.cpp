@@ -17,6 +17,8 @@ constexpr std::int64_t kMaxRows = 1024;
 // Weights per piece of work: long enough to stream and to be worth handing out, short enough to share out evenly.
 constexpr std::int64_t kPieceBytes = 256 << 10;
 constexpr std::int64_t kPiecesPerThread = 8;
+// Below this a piece costs less than waking a thread for it.
+constexpr std::int64_t kMinPieceBytes = 32 << 10;
 // Activations per piece, which stay in a second level cache while its weights pass; but rows enough for the weights.
 constexpr std::int64_t kActivationBytes = 768 << 10;
 constexpr std::int64_t kMinRows = 64;
@@ -52,7 +54,9 @@ std::int64_t rows_per_piece(const Gemm& gemm, const GemmKernel& kernel) {
 std::int64_t panels_per_piece(const Gemm& gemm, std::int64_t num_panels, std::int64_t num_row_pieces) {
   const std::int64_t by_size = kPieceBytes / gemm.panel_bytes;
   const std::int64_t by_share = num_panels * num_row_pieces / (kPiecesPerThread * num_threads());
-  const std::int64_t wanted = std::max<std::int64_t>(std::min(by_size, by_share), 1);
+  // Up to 16 rows take about the time of their weights, more take longer.
+  const std::int64_t least = kMinPieceBytes / gemm.panel_bytes / ((gemm.num_rows + 15) / 16);
+  const std::int64_t wanted = std::max<std::int64_t>({std::min(by_size, by_share), least, 1});
   return (wanted + kPanelStep - 1) / kPanelStep * kPanelStep;
 }
 
@@ -62,8 +66,8 @@ void run_rows(const Gemm& gemm, const GemmKernel& kernel) {
     prepared = scratch(num_bytes);
     constexpr std::int64_t kRowsAtOnce = 16;
     const std::int64_t num_tiles = (gemm.num_rows + kRowsAtOnce - 1) / kRowsAtOnce;
-    // A few rows are sooner done than handed out.
-    parallel_for(num_tiles, 2, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t grain = kMinPieceBytes / (num_bytes / gemm.num_rows * kRowsAtOnce) + 1;
+    parallel_for(num_tiles, grain, [&](std::int64_t begin, std::int64_t end) {
       kernel.prepare(gemm, {begin * kRowsAtOnce, std::min(end * kRowsAtOnce, gemm.num_rows)}, prepared);
     });
   }
@@ -98,12 +102,13 @@ const GemmKernel& choose_gemm(DType dtype, std::int64_t /*num_rows*/, bool /*bat
 }
 
 void run_gemm(const Gemm& gemm, const GemmKernel& kernel) {
-  const auto row_bytes = [](std::int64_t stride, DType dtype) { return stride * static_cast<std::int64_t>(size_of(dtype)); };
+  const std::int64_t x_row_bytes = gemm.x_stride * static_cast<std::int64_t>(size_of(gemm.dtype));
+  const std::int64_t out_row_bytes = gemm.out_stride * static_cast<std::int64_t>(size_of(gemm.out_dtype));
   for (std::int64_t row = 0; row < gemm.num_rows; row += kMaxRows) {
     Gemm part = gemm;
     part.num_rows = std::min(kMaxRows, gemm.num_rows - row);
-    part.x += row * row_bytes(gemm.x_stride, gemm.dtype);
-    part.out += row * row_bytes(gemm.out_stride, gemm.out_dtype);
+    part.x += row * x_row_bytes;
+    part.out += row * out_row_bytes;
     run_rows(part, kernel);
   }
 }

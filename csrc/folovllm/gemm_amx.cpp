@@ -244,7 +244,9 @@ std::int64_t prepared_bytes(const Gemm& gemm) {
 
 void prepare(const Gemm& gemm, Range rows, std::byte* prepared) {
   const std::int64_t blocks = k_blocks(gemm);
-  const std::int64_t end = gemm.num_rows <= kTileRows ? gemm.num_rows : (rows.end + kTileRows - 1) / kTileRows * kTileRows;
+  // A single tile has only the rows there are.
+  const std::int64_t end =
+      gemm.num_rows <= kTileRows ? gemm.num_rows : (rows.end + kTileRows - 1) / kTileRows * kTileRows;
   for (std::int64_t row = rows.begin; row < end; ++row) {
     std::byte* const to = prepared + row / kTileRows * blocks * kTileBytes + row % kTileRows * 64;
     const bool exists = row < gemm.num_rows;
