@@ -11,12 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, Literal
 
 import httpx
 import openai
 import psutil
 import pytest
+
+from folovllm.entrypoints.bench.options import ServeOptions
+from folovllm.entrypoints.bench.serve import ServerUnusableError, run_serve_bench
 
 DEADLINE_S = 120
 MODEL = "small"
@@ -92,6 +96,30 @@ def start(small_model: Path) -> Iterator[Callable[..., Server]]:
 @pytest.fixture(scope="module")
 def server(start: Callable[..., Server]) -> Server:
     return start()
+
+
+TOOLS_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant: "
+)
+
+
+@pytest.fixture(scope="module")
+def tools_server(start: Callable[..., Server], small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """The same model with a chat template that takes tools."""
+    directory = tmp_path_factory.mktemp("tools-model")
+    for file in small_model.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    (directory / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
+    return start(engine={"model": str(directory)})
+
+
+ENDLESS: dict[str, Any] = {
+    "model": MODEL,
+    "prompt": [5],
+    "max_tokens": 4000,
+    "extra_body": {"ignore_eos": True},
+}
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -202,6 +230,38 @@ def test_leaving_client_aborts_its_request(server: Server, stream: bool) -> None
     assert server.metric("vllm:num_requests_running") == 0
 
 
+async def test_a_burst_of_leaving_clients_frees_every_block(server: Server) -> None:
+    """A hundred clients that leave while they wait, are prefilled or decode, streaming or not."""
+    until(lambda: idle(server))
+    before = server.metric("vllm:request_success_total")
+    random = Random(7)
+    host, port = server.url.removeprefix("http://").split(":")
+
+    async def leave(number: int) -> None:
+        body = {"prompt": [5 + number] * random.randint(1, 300), "n": random.choice((1, 1, 2)), "max_tokens": 2000}
+        body |= {"ignore_eos": True, "stream": random.random() < 0.5}
+        content = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n"
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"{head}content-type: application/json\r\n\r\n".encode() + content)
+        await writer.drain()
+        if body["stream"]:
+            await reader.readuntil(b"data: ")
+            if random.random() < 0.5:
+                await reader.readuntil(b"data: ")
+        writer.transport.abort() if random.random() < 0.5 else writer.close()
+
+    await asyncio.gather(*map(leave, range(100)))
+    until(lambda: idle(server))
+    assert server.metric("vllm:num_requests_running") == server.metric("vllm:num_requests_waiting") == 0
+    assert server.metric("vllm:kv_cache_usage_perc") == 0
+    aborted = server.metric('vllm:request_success_total{engine="0",finished_reason="abort"')
+    assert aborted > 0
+    assert server.metric("vllm:request_success_total") <= before + 200  # some had left before they were read
+    with server.client() as client:
+        assert client.completions.create(model=MODEL, prompt="x", max_tokens=1).choices
+
+
 def test_metrics_count_what_was_served(server: Server) -> None:
     before = {name: server.metric(f"vllm:{name}_total") for name in ("prompt_tokens", "generation_tokens")}
     with server.client() as client:
@@ -209,6 +269,111 @@ def test_metrics_count_what_was_served(server: Server) -> None:
     assert server.metric("vllm:prompt_tokens_total") == before["prompt_tokens"] + 3
     assert server.metric("vllm:generation_tokens_total") == before["generation_tokens"] + 4
     assert server.metric("vllm:time_to_first_token_seconds_count") > 0
+
+
+def test_metrics_tell_phases_and_the_cache(server: Server) -> None:
+    with server.client() as client:
+        client.completions.create(model=MODEL, prompt=[5, 6, 7], max_tokens=4, extra_body={"ignore_eos": True})
+    for name in ("request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds"):
+        assert server.metric(f"vllm:{name}_count") == server.metric("vllm:e2e_request_latency_seconds_count") > 0
+    assert server.metric('vllm:cache_config_info{block_size="16",enable_prefix_caching="True",engine="0",num_gpu_blocks="520"}') == 1  # fmt: skip # noqa: E501
+
+
+def test_n_and_logprobs_through_the_official_client(server: Server) -> None:
+    with server.client() as client:
+        options: dict[str, Any] = {"model": MODEL, "prompt": "the cache is", "max_tokens": 5, "seed": 3, "n": 2}
+        whole = client.completions.create(**options, logprobs=2, echo=True, extra_body={"ignore_eos": True})
+        assert [choice.index for choice in whole.choices] == [0, 1]
+        for choice in whole.choices:
+            assert choice.text.startswith("the cache is")
+            assert choice.logprobs is not None
+            assert choice.logprobs.token_logprobs is not None
+            first, *others = choice.logprobs.token_logprobs
+            assert first is None
+            assert all(value < 0 for value in others)
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == 10
+        messages: list[Any] = [{"role": "user", "content": "hi"}]
+        chat = client.chat.completions.create(
+            model=MODEL, messages=messages, logprobs=True, top_logprobs=3, max_completion_tokens=4, temperature=0
+        )
+        [answer] = chat.choices
+        assert answer.logprobs is not None
+        assert answer.logprobs.content is not None
+        for entry in answer.logprobs.content:  # greedy: the chosen token is the likeliest
+            assert len(entry.top_logprobs) == 3
+            assert entry.top_logprobs[0].logprob == entry.logprob
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Bonn", "Ulm"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_follow_the_schema(server: Server, stream: bool) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Where, and how long?"}]
+    form: Any = {"type": "json_schema", "json_schema": {"name": "trip", "schema": SCHEMA}}
+    with server.client() as client:
+        options: dict[str, Any] = {"model": MODEL, "messages": messages, "max_completion_tokens": 200, "seed": 5}
+        if stream:
+            chunks = client.chat.completions.create(**options, response_format=form, stream=True)
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        else:
+            text = client.chat.completions.create(**options, response_format=form).choices[0].message.content or ""
+    trip = json.loads(text)
+    assert trip["city"] in ("Bonn", "Ulm")
+    assert 1 <= trip["days"] <= 9
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "book"}}])
+def test_forced_calls_follow_the_schema(tools_server: Server, choice: Any) -> None:
+    tools: list[Any] = [{"type": "function", "function": {"name": "book", "parameters": SCHEMA}}]
+    messages: list[Any] = [{"role": "user", "content": "Book it."}]
+    with tools_server.client() as client:
+        options: dict[str, Any] = {"model": MODEL, "messages": messages, "tools": tools, "tool_choice": choice}
+        options |= {"max_completion_tokens": 300, "parallel_tool_calls": False, "seed": 2}
+        answer = client.chat.completions.create(**options).choices[0]
+        with client.chat.completions.stream(**options) as stream:
+            streamed = stream.get_final_completion().choices[0]
+    assert answer.finish_reason == streamed.finish_reason == "tool_calls"
+    for message in (answer.message, streamed.message):
+        assert not message.content
+        assert message.tool_calls is not None
+        [call] = message.tool_calls
+        assert call.function.name == "book"
+        assert json.loads(call.function.arguments)["city"] in ("Bonn", "Ulm")
+    assert answer.message.tool_calls is not None
+    assert streamed.message.tool_calls is not None
+    arguments = [calls[0].function.arguments for calls in (answer.message.tool_calls, streamed.message.tool_calls)]
+    assert arguments[0] == arguments[1]
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_load_generator_measures_a_server(
+    server: Server, tmp_path: Path, endpoint: Literal["completions", "chat"]
+) -> None:
+    out = tmp_path / "out.json"
+    run_serve_bench(
+        ServeOptions(
+            base_url=server.url, endpoint=endpoint, num_prompts=6, input_len=12, output_len=5, request_rate=200.0,
+            max_concurrency=3, range_ratio=0.4, output_json=out,
+        )
+    )  # fmt: skip
+    figures = json.loads(out.read_text())
+    assert (figures["completed"], figures["failed"]) == (6, 0)
+    for name in ("TTFT (ms)", "TPOT (ms)", "ITL (ms)", "E2EL (ms)"):
+        assert 0 < figures[name]["p50"] <= figures[name]["p90"] <= figures[name]["p99"]
+
+
+def test_load_generator_names_what_is_wrong(server: Server) -> None:
+    with pytest.raises(ServerUnusableError, match=r"all 2 requests failed; the first: 404.*'other'"):
+        run_serve_bench(ServeOptions(base_url=server.url, endpoint="chat", model="other", num_prompts=2))
+    with pytest.raises(ServerUnusableError, match=r"GET http://127\.0\.0\.1:9/v1/models failed"):
+        run_serve_bench(ServeOptions(base_url="http://127.0.0.1:9", num_prompts=1))
 
 
 def test_port_in_use_is_one_line_and_exit_code_2(server: Server, small_model: Path) -> None:
@@ -293,19 +458,13 @@ def test_wrong_api_key_is_refused(start: Callable[..., Server]) -> None:
 def test_killed_core_fails_requests_and_health(start: Callable[..., Server]) -> None:
     server = start()
     with server.client() as client:
-        options: dict[str, Any] = {
-            "model": MODEL,
-            "prompt": [5],
-            "max_tokens": 4000,
-            "extra_body": {"ignore_eos": True},
-        }
-        stream = client.completions.create(**options, stream=True)
+        stream = client.completions.create(**ENDLESS, stream=True)
         next(stream)
         os.kill(server.core.pid, signal.SIGKILL)
         with pytest.raises(openai.APIError, match="exit code -9"):
             list(stream)
         with pytest.raises(openai.InternalServerError, match="exit code -9"):
-            client.completions.create(**options)
+            client.completions.create(**ENDLESS)
     health = httpx.get(f"{server.url}/health")
     assert health.status_code == 503
     assert health.json()["error"]["code"] == "engine_dead"
@@ -337,17 +496,28 @@ def refuses(server: Server) -> bool:
     return False
 
 
+def test_second_signal_ends_at_once(start: Callable[..., Server]) -> None:
+    server = start(drain_timeout=DEADLINE_S)
+    core = server.core
+    with server.client() as client:
+        stream = client.completions.create(**ENDLESS, stream=True)
+        next(stream)
+        os.kill(core.pid, signal.SIGSTOP)  # it would never finish
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: refuses(server))
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            list(stream)
+        os.kill(core.pid, signal.SIGCONT)
+    assert server.process.wait(DEADLINE_S) == 128 + signal.SIGTERM
+    assert not core.is_running()
+
+
 def test_drain_has_a_deadline(start: Callable[..., Server]) -> None:
     server = start(drain_timeout=1)
     core = server.core
     with server.client() as client:
-        options: dict[str, Any] = {
-            "model": MODEL,
-            "prompt": [5],
-            "max_tokens": 4000,
-            "extra_body": {"ignore_eos": True},
-        }
-        stream = client.completions.create(**options, stream=True)
+        stream = client.completions.create(**ENDLESS, stream=True)
         next(stream)
         os.kill(core.pid, signal.SIGSTOP)  # it would never finish
         server.process.send_signal(signal.SIGTERM)
