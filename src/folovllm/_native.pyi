@@ -221,8 +221,8 @@ def sample(
 class QuantizedLinear:
     """A linear layer of GPTQ weights, packed once from the checkpoint's tensors (quantization/packing.py).
 
-    W[n, k] = scale[g, n] * (q[n, k] - zero[g, n]), with g = k / group_size in the order of `set_permutation`. One thread
-    fills, then any number may call `forward` at once.
+    W[n, k] = scale[g, n] * (q[n, k] - zero[g, n]), with g = k / group_size in the order of `set_permutation`. One
+    thread fills, then any number may call `forward` at once.
 
     Raises:
         ValueError: bits other than 4 and 8, an unknown dtype, sizes that do not fill 32-bit words, columns that the

@@ -5,7 +5,7 @@ Importing it costs neither torch nor transformers, which server front ends never
 `folovllm.engine.arg_utils`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -132,6 +132,8 @@ class EngineConfig:
     cpu_threads_bind: Literal["none", "all"] = "none"
     kernels: Literal["auto", "torch"] = "auto"
     batch_invariant: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    """The options it was made from, as JSON knows them: other ranks make the same configuration from them."""
 
     @property
     def kv_block_bytes(self) -> int:

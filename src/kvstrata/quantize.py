@@ -29,7 +29,7 @@ def run_quantize(
     Raises:
         folovllm.quantization.errors.QuantizationError: something is not fit; nothing is written.
     """
-    transformers_logging.disable_progress_bar()  # one bar is enough
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar is enough
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}

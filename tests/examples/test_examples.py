@@ -1,5 +1,6 @@
 """Every example runs as its file says, and shows what it promises."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ def run(name: str, *arguments: str, stdin: str = "") -> str:
 
 
 def test_every_example_has_a_test():
-    tested = {"basic_inference.py", "batch_inference.py", "streaming_chat.py", "advanced_usage.py"}
+    tested = {"basic_inference.py", "batch_inference.py", "streaming_chat.py", "advanced_usage.py", "checkpoint.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -39,8 +40,10 @@ def test_batch_inference_reports_its_rate():
 
 
 def test_streaming_chat_reuses_what_the_last_turn_computed():
-    output = run("streaming_chat.py", stdin="What is a list in Python, and how is it different from a tuple?\nAnd a set?\n")
-    cached = [int(line.split("[")[1].split(" ")[0]) for line in output.splitlines() if "prompt tokens cached]" in line]
+    output = run(
+        "streaming_chat.py", stdin="What is a list in Python, and how is it different from a tuple?\nAnd a set?\n"
+    )
+    cached = [int(count) for count in re.findall(r"\[(\d+) of \d+ prompt tokens cached\]", output)]
     assert len(cached) == 2
     assert cached[1] > cached[0]
 

@@ -198,7 +198,7 @@ def test_unsupported_architecture_lists_the_supported_ones(copy_of):
     [
         ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "layer_types": None}, "sliding"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised.*gptq"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'.*yarn"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},

@@ -71,7 +71,7 @@ def rows(draw_from: st.DrawFn) -> npt.NDArray[np.float32]:
     return logits.astype(np.float32)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     logits=rows(),
     temperature=st.sampled_from([0.25, 0.9, 1.0, 2.0]),

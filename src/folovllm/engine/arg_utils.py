@@ -74,7 +74,7 @@ class EngineArgs:
     seed: int = 0
     skip_tokenizer_init: bool = False
     num_threads: int | None = None
-    """Threads of the model's arithmetic on a CPU; None takes one per CPU this process may use."""
+    """Threads of the model's arithmetic on a CPU, of each rank; None shares this process's CPUs out evenly."""
     cpu_threads_bind: Literal["none", "all"] = "none"
     """"all" keeps each of these threads on a CPU of its own: for an engine that has the machine to itself."""
     kernels: Literal["auto", "torch"] = "auto"
@@ -122,11 +122,13 @@ class EngineArgs:
             )
         if self.num_kv_blocks is not None and self.num_kv_blocks < 2:
             raise ConfigError(f"num_kv_blocks={self.num_kv_blocks} is not allowed; it must be at least 2")
+        if self.tensor_parallel_size > 1 and self.kv_transfer_config is not None:
+            raise ConfigError("kv_transfer_config is not possible with tensor_parallel_size above 1; use one of them")
         _convert("kv_transfer_config", self.kv_transfer_config, KVTransferConfig)
         _convert("kv_events_config", self.kv_events_config, KVEventsConfig)
 
-    def resolve(self) -> EngineConfig:
-        """Read the checkpoint's config.json and decide every derived value.
+    def resolve(self, rank: int = 0) -> EngineConfig:
+        """Read the checkpoint's config.json and decide every derived value, for one rank of a tensor parallel engine.
 
         Raises:
             ConfigError: an option is out of its range.
@@ -139,7 +141,7 @@ class EngineArgs:
         context = int(hf_config.max_position_embeddings)
         if self.max_model_len is not None and self.max_model_len > context:
             raise ConfigError(f"max_model_len={self.max_model_len} exceeds the model's context of {context} tokens")
-        device = _resolve_device(self.device)
+        device = _resolve_device(self.device, rank)
         model_config = ModelConfig(
             model=str(directory),
             served_model_name=self.served_model_name or self.model,
@@ -173,6 +175,7 @@ class EngineArgs:
             cpu_threads_bind=self.cpu_threads_bind,
             kernels=self.kernels,
             batch_invariant=self.batch_invariant,
+            options=msgspec.to_builtins(self),
         )
         return _fit_to_pool(config, self._num_kv_blocks(config.kv_block_bytes))
 
@@ -237,14 +240,14 @@ def _check_heads(hf_config: "PretrainedConfig", tensor_parallel_size: int) -> No
             )
 
 
-def _resolve_device(device: str) -> "torch.device":
+def _resolve_device(device: str, rank: int) -> "torch.device":
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda' is not available here; use 'cpu' or 'auto'")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    return torch.device(device, rank) if device == "cuda" else torch.device(device)
 
 
 def _resolve_dtype(dtype: str, hf_config: "PretrainedConfig") -> "torch.dtype":

@@ -2,6 +2,7 @@
 
 from folovllm.config import EngineConfig
 from folovllm.executor.abstract import Executor
+from folovllm.executor.multiproc_executor import MultiprocExecutor
 from folovllm.executor.uniproc_executor import UniProcExecutor
 
 
@@ -12,4 +13,6 @@ def create_executor(config: EngineConfig) -> Executor:
         ModelLoadError: the checkpoint is unusable.
         ConfigError: an option is not possible on this device, or the KV connector cannot be loaded.
     """
+    if config.parallel_config.tensor_parallel_size > 1:
+        return MultiprocExecutor(config)
     return UniProcExecutor(config)

@@ -10,11 +10,11 @@ import logging
 import time
 from pathlib import Path
 
-from folovllm import _native
 from folovllm.attention.backends.abstract import AttentionBackend
 from folovllm.config import EngineConfig
 from folovllm.errors import ModelLoadError
 from folovllm.model_executor.build import BuildContext, WeightRegistry
+from folovllm.model_executor.layers.quantization import read_gptq_config
 from folovllm.model_executor.models.dense import DenseForCausalLM
 from folovllm.model_executor.models.registry import resolve_model_class
 from folovllm.model_executor.parallel import TensorParallel
@@ -41,9 +41,9 @@ def load_model(config: EngineConfig, backend: AttentionBackend, parallel: Tensor
     started = time.monotonic()
     model_config = config.model_config
     model_class = resolve_model_class(model_config.hf_config)
-    files = checkpoint_files(Path(model_config.model))
-    is_complete = hasattr(_native, "PackedLinear") and hasattr(_native, "QKVLayout")
-    has_native_kernels = config.device.type == "cpu" and config.kernels == "auto" and is_complete
+    directory = Path(model_config.model)
+    files = checkpoint_files(directory)
+    has_native_kernels = config.device.type == "cpu" and config.kernels == "auto"
     workspace = Workspace(config.device) if has_native_kernels else None
     ops: Ops = CPUOps(model_config.dtype, workspace) if workspace is not None else TorchOps(model_config.dtype)
     context = BuildContext(
@@ -55,6 +55,7 @@ def load_model(config: EngineConfig, backend: AttentionBackend, parallel: Tensor
         ops=ops,
         workspace=workspace,
         parallel=parallel,
+        quantization=read_gptq_config(directory, getattr(model_config.hf_config, "quantization_config", None)),
         batch_invariant=config.batch_invariant,
     )
     model = model_class(context)

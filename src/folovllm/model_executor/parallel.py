@@ -57,3 +57,7 @@ class TensorParallel:
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The ranks' columns side by side."""
         return tensor if self.communicator is None else self.communicator.all_gather(tensor)
+
+
+SINGLE = TensorParallel()
+"""The group of one."""

@@ -16,7 +16,8 @@ class CPUWorker(WorkerBase):
     def prepare_device(self, config: EngineConfig) -> None:
         """Set the number of threads of the kernels and of torch's arithmetic, which are global to the process."""
         cpus = sorted(os.sched_getaffinity(0))
-        num_threads = config.num_threads if config.num_threads is not None else len(cpus)
+        num_ranks = config.parallel_config.tensor_parallel_size
+        num_threads = config.num_threads if config.num_threads is not None else max(1, len(cpus) // num_ranks)
         torch.set_num_threads(num_threads)
         if config.cpu_threads_bind == "all" and num_threads > len(cpus):
             raise ConfigError(

@@ -17,7 +17,7 @@ from folovllm.core.kv_connector import KVConnector
 from folovllm.core.sched.output import ModelRunnerOutput, SchedulerOutput
 from folovllm.model_executor.forward_context import ForwardContext
 from folovllm.model_executor.loader import load_model
-from folovllm.model_executor.parallel import TensorParallel
+from folovllm.model_executor.parallel import SINGLE, TensorParallel
 from folovllm.worker.buffers import StagingBuffer
 from folovllm.worker.connector_step import run_with_connector
 from folovllm.worker.input_batch import CachedRequestState, InputBatch, Rows
@@ -44,7 +44,7 @@ class StepInputs:
 class ModelRunner:
     """Owns the model, the KV cache and the rows. Used by one thread."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, tensor_parallel: TensorParallel = SINGLE) -> None:
         self.config = config
         self.device = config.device
         self.block_size = config.cache_config.block_size
@@ -55,7 +55,7 @@ class ModelRunner:
         self.backend = backend_class(
             model_config.get_num_attention_heads(parallel), num_kv_heads, head_size, self.block_size
         )
-        self.model = load_model(config, self.backend, TensorParallel())
+        self.model = load_model(config, self.backend, tensor_parallel)
         shape = (config.cache_config.num_kv_blocks, 2, num_kv_heads, self.block_size, head_size)
         # Zeros, not empty: masked attention still multiplies what it masks, and must not meet a NaN.
         self.kv_caches = {

@@ -5,15 +5,16 @@ from abc import ABC, abstractmethod
 from folovllm.config import EngineConfig
 from folovllm.core.kv_connector import KVConnectorRole, create_connector
 from folovllm.core.sched.output import ModelRunnerOutput, SchedulerOutput
+from folovllm.model_executor.parallel import TensorParallel
 from folovllm.worker.model_runner import ModelRunner
 
 
 class WorkerBase(ABC):
     """Prepares its device, then holds the model runner and the worker half of the KV connector."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, parallel: TensorParallel) -> None:
         self.prepare_device(config)
-        self.model_runner = ModelRunner(config)
+        self.model_runner = ModelRunner(config, parallel)
         if config.kv_transfer_config is not None:
             connector = create_connector(config, KVConnectorRole.WORKER)
             connector.register_kv_caches(self.model_runner.kv_caches)

@@ -54,7 +54,7 @@ class PagedBackend(AttentionBackend):
         """Take the addresses of the step; `metadata` keeps the tensors alive."""
         starts, seq_lens, tables = metadata.query_start_loc, metadata.seq_lens, metadata.block_tables
         assert starts.dtype == seq_lens.dtype == tables.dtype == torch.int32
-        assert starts.is_contiguous() and seq_lens.is_contiguous() and tables.stride(1) == 1
+        assert all((starts.is_contiguous(), seq_lens.is_contiguous(), tables.stride(1) == 1))
         return PagedPlan(
             query_start_loc=starts.data_ptr(),
             seq_lens=seq_lens.data_ptr(),
@@ -67,7 +67,8 @@ class PagedBackend(AttentionBackend):
         """Attend. Rows of `query` may lie apart, as in a fused QKV projection; each row is contiguous."""
         plan: PagedPlan = metadata.backend_plan
         num_tokens, num_heads, head_size = query.shape
-        assert query.stride(2) == 1 and query.stride(1) == head_size and kv_cache.is_contiguous()
+        assert query.stride()[1:] == (head_size, 1)
+        assert kv_cache.is_contiguous()
         output = torch.empty((num_tokens, num_heads, head_size), dtype=query.dtype)
         self._kernels[query.dtype].forward(
             query.data_ptr(),

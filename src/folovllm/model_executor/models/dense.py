@@ -167,12 +167,8 @@ def refuse_unsupported(hf_config: PretrainedConfig) -> None:
     """Refuse what would otherwise be computed wrongly.
 
     Raises:
-        ModelLoadError: sliding-window attention, or quantised weights.
+        ModelLoadError: sliding-window attention.
     """
-    quantization = getattr(hf_config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelLoadError(f"quantised checkpoints are not supported (quantization_config: {method})")
     has_sliding_layers = "sliding_attention" in (getattr(hf_config, "layer_types", None) or ())
     # Without a list of layers, a window stands for all of them, unless it is switched off.
     window = getattr(hf_config, "sliding_window", None)

@@ -1,5 +1,7 @@
 """Faces of the native sampling kernels, for logits on a CPU (csrc/folovllm/sampling.h)."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -42,7 +44,7 @@ def draw(
     """As topk_topp.draw, on fp32 `logits` with `has_contiguous_rows`."""
     num_rows, vocab_size = logits.shape
     tokens = torch.empty(num_rows, dtype=torch.int64)
-    options = [
+    options: list[npt.NDArray[Any] | None] = [
         np.ascontiguousarray(top_k, np.int64),
         np.ascontiguousarray(top_p, np.float32),
         None if min_p is None else np.ascontiguousarray(min_p, np.float32),
