@@ -2,7 +2,6 @@
 
 from folovllm.config import EngineConfig
 from folovllm.executor.abstract import Executor
-from folovllm.executor.multiproc_executor import MultiprocExecutor
 from folovllm.executor.uniproc_executor import UniProcExecutor
 
 
@@ -14,5 +13,7 @@ def create_executor(config: EngineConfig) -> Executor:
         ConfigError: an option is not possible on this device, or the KV connector cannot be loaded.
     """
     if config.parallel_config.tensor_parallel_size > 1:
+        from folovllm.executor.multiproc_executor import MultiprocExecutor  # torch.distributed takes its time
+
         return MultiprocExecutor(config)
     return UniProcExecutor(config)
