@@ -148,8 +148,8 @@ void attend_few(const Shape& shape, const RowTile& tile, int num_rows, int key_b
     few.visible[r] = tile.first_visible + row / shape.group;
   }
   KeyRows<T> rows;
-  KeyRows<T> next;
   rows.fill(shape, tile, key_begin, key_end);
+  KeyRows<T> next = rows;  // what is read ahead of the last tile is that tile
   for (int begin = key_begin; begin < key_end; begin += kTile) {
     const int num_keys = smaller(kTile, key_end - begin);
     if (begin + kTile < key_end) next.fill(shape, tile, begin + kTile, key_end);

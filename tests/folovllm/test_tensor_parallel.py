@@ -58,3 +58,11 @@ def test_sizes_that_do_not_divide_the_heads_are_refused(checkpoint):
     args = EngineArgs(model=str(checkpoint("qwen3-gqa8-bias")), tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="does not divide the model's num_key_value_heads=1"):
         args.resolve()
+
+
+@pytest.mark.parametrize("other", [{"kernels": "torch"}, {"attention_backend": "flash_attn"}])
+def test_batch_invariance_is_refused_where_kernels_cannot_promise_it(other, checkpoint):
+    directory = str(checkpoint("qwen3-gqa8-bias"))
+    EngineArgs(model=directory, batch_invariant=True).resolve()
+    with pytest.raises(ConfigError, match="batch_invariant=True needs the native kernels"):
+        EngineArgs(model=directory, batch_invariant=True, **other).resolve()

@@ -80,7 +80,7 @@ class EngineArgs:
     kernels: Literal["auto", "torch"] = "auto"
     """"torch" computes with torch's operations alone, also where there are native kernels: slower, to compare with."""
     batch_invariant: bool = False
-    """In bf16 and fp16 too, make every row's arithmetic independent of the other rows; fp32 always is on a CPU."""
+    """Use only kernels in which a row's arithmetic is independent of the other rows, or refuse to start."""
     tensor_parallel_size: int = 1
     """Ranks that share each layer; a process each."""
     kv_transfer_config: KVTransferConfig | dict[str, Any] | None = None
@@ -142,6 +142,11 @@ class EngineArgs:
         if self.max_model_len is not None and self.max_model_len > context:
             raise ConfigError(f"max_model_len={self.max_model_len} exceeds the model's context of {context} tokens")
         device = _resolve_device(self.device, rank)
+        has_native_kernels = device.type == "cpu" and self.kernels == "auto"
+        if self.batch_invariant and not (has_native_kernels and self.attention_backend in ("auto", "paged")):
+            raise ConfigError(
+                "batch_invariant=True needs the native kernels: device cpu, attention_backend auto or paged"
+            )
         model_config = ModelConfig(
             model=str(directory),
             served_model_name=self.served_model_name or self.model,
