@@ -49,7 +49,7 @@ def test_streaming_chat_reuses_what_the_last_turn_computed():
 
 
 @pytest.mark.parametrize(
-    "shown", ["hit rate", "structured: {'name'", "choice:", "finished in the order [3, 2, 1, 0]", "-0."]
+    "shown", ["hit rate", "structured: {'name'", "choice:", "finished in the order [3, 2, 1, 0]", "' -"]
 )
 def test_advanced_usage_shows(shown, advanced_output):
     assert shown in advanced_output

@@ -381,6 +381,7 @@ def test_port_in_use_is_one_line_and_exit_code_2(server: Server, small_model: Pa
     process = launch(small_model, port=port)
     _, log = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2
+    assert len(log.splitlines()) == 1, log
     [line] = log.splitlines()
     assert f"port {port} on 127.0.0.1 is in use" in line
 
@@ -389,6 +390,7 @@ def test_missing_model_is_named_and_exit_code_2(tmp_path: Path) -> None:
     process = launch(tmp_path / "nothing")
     _, log = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2
+    assert len(log.splitlines()) == 1, log
     [line] = log.splitlines()
     assert f"{tmp_path / 'nothing'}" in line
 
@@ -406,6 +408,7 @@ def test_bad_option_is_one_line_and_exit_code_2(small_model: Path, options: dict
     process = launch(small_model, engine=options)
     _, log = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2
+    assert len(log.splitlines()) == 1, log
     [line] = log.splitlines()
     assert message in line
 

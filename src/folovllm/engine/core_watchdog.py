@@ -57,7 +57,8 @@ class CoreWatchdog:
         while not poller.poll(_POLL_MS) and os.getppid() == self._parent:
             if self._has_finished.is_set():
                 return
-        logger.info("engine core stops reason=%s", "front-end-gone" if self._is_orphan() else "SIGTERM")
+        # Not worth a line: it follows what somebody did, or a failure that is reported already.
+        logger.debug("engine core stops reason=%s", "front-end-gone" if self._is_orphan() else "SIGTERM")
         with self._attaching:
             if self._stop is None:
                 self.finish()
