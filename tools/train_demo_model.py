@@ -1,4 +1,4 @@
-"""Train the demo's model, a small Qwen3, from scratch on documentation that any machine has, and write its checkpoint.
+"""Train a small Qwen3 from scratch on documentation that any machine has, and write its checkpoint.
 
 `python tools/train_demo_model.py --out DIR` takes about 40 minutes of one core and needs no network. Seeds are fixed:
 the same steps, on the same version of Python and of this repository, learn from the same tokens in the same order. An

@@ -4,11 +4,9 @@ import torch
 
 from folovllm import _native
 from folovllm.attention.backends.abstract import AttentionMetadata
+from folovllm.dtypes import DTYPE_NAMES
 from folovllm.ops.abstract import HeadLayout, Ops
 from folovllm.ops.workspace import Workspace
-
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-"""torch's dtypes as the kernels call them."""
 
 
 class CPULayout:

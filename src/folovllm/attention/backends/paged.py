@@ -9,8 +9,8 @@ import torch
 
 from folovllm._native import PagedAttention
 from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
+from folovllm.dtypes import DTYPE_NAMES
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # The kernels' own limit.
 _MAX_HEAD_SIZE = 512
 
@@ -29,26 +29,23 @@ class PagedPlan:
 class PagedBackend(AttentionBackend):
     """Reads K and V where they lie, once for all query heads that share them.
 
-    A row's result has the same bits whatever its neighbours, chunk and number of threads: always in float32 and
-    float16, and in bfloat16 where `batch_invariant` asks for it, which gives up the bfloat16 instructions.
+    A row's result has the same bits whatever its neighbours, chunk and number of threads: the kernels compute in
+    float32 in every dtype.
     """
 
     name = "paged"
 
-    def __init__(
-        self, num_heads: int, num_kv_heads: int, head_size: int, block_size: int, batch_invariant: bool = False
-    ) -> None:
+    def __init__(self, num_heads: int, num_kv_heads: int, head_size: int, block_size: int) -> None:
         super().__init__(num_heads, num_kv_heads, head_size, block_size)
-        self.batch_invariant = batch_invariant
         self._kernels = {
             dtype: PagedAttention(num_heads, num_kv_heads, head_size, block_size, self.scale, name)
-            for dtype, name in _DTYPES.items()
+            for dtype, name in DTYPE_NAMES.items()
         }
 
     @classmethod
     def supports(cls, device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
         """On a CPU, in the three floating-point types of models, for even head sizes."""
-        return device.type == "cpu" and dtype in _DTYPES and head_size % 2 == 0 and head_size <= _MAX_HEAD_SIZE
+        return device.type == "cpu" and dtype in DTYPE_NAMES and head_size % 2 == 0 and head_size <= _MAX_HEAD_SIZE
 
     def plan(self, metadata: AttentionMetadata) -> PagedPlan:
         """Take the addresses of the step; `metadata` keeps the tensors alive."""
@@ -81,6 +78,5 @@ class PagedBackend(AttentionBackend):
             plan.num_reqs,
             output.data_ptr(),
             num_heads * head_size,
-            self.batch_invariant,
         )
         return output

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from folovllm import _native
+from folovllm.dtypes import DTYPE_NAMES
 from folovllm.errors import ModelLoadError
-from folovllm.ops.cpu_ops import DTYPE_NAMES
 from folovllm.ops.workspace import Workspace
 
 

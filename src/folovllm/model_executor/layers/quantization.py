@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from folovllm import _native
+from folovllm.dtypes import DTYPE_NAMES
 from folovllm.errors import ModelLoadError
 from folovllm.model_executor.layers.linear_weights import LinearShape, LinearWeights, TorchWeights
-from folovllm.ops.cpu_ops import DTYPE_NAMES
 from folovllm.ops.workspace import Workspace
 from folovllm.quantization.packing import PackedTensors, dequantize
 

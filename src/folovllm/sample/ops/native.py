@@ -7,8 +7,7 @@ import numpy.typing as npt
 import torch
 
 from folovllm import _native
-
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+from folovllm.dtypes import DTYPE_NAMES
 
 
 def has_contiguous_rows(logits: torch.Tensor) -> bool:
