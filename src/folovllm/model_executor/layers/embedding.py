@@ -1,5 +1,7 @@
 """Token embeddings. Mirrors vllm/model_executor/layers/vocab_parallel_embedding.py; here every rank can look up all."""
 
+from collections.abc import Callable
+
 import torch
 
 from folovllm.model_executor.build import BuildContext
@@ -15,8 +17,17 @@ class Embedding:
 
     table: torch.Tensor
 
-    def __init__(self, context: BuildContext, name: str, vocab_size: int, hidden_size: int) -> None:
+    def __init__(
+        self,
+        context: BuildContext,
+        name: str,
+        vocab_size: int,
+        hidden_size: int,
+        tied: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        """Announce the table; `tied` takes it too, while its pages are there: an output head without its own."""
         self.context = context
+        self._tied = tied
         context.weights.expect(f"{name}.weight", (vocab_size, hidden_size), self._load)
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -27,3 +38,5 @@ class Embedding:
         require_floating_point(table)
         is_mapped = self.context.uses_native_kernels and table.dtype in (torch.float32, torch.bfloat16, torch.float16)
         self.table = table if is_mapped else table.to(self.context.device, self.context.dtype, copy=True)
+        if self._tied is not None:
+            self._tied(self.table)

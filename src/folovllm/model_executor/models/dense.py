@@ -129,15 +129,14 @@ class DenseForCausalLM:
         self.cos_sin = rotary_table(
             config, context.backend.head_size, context.max_positions, context.dtype, context.device
         )
-        self.embed_tokens = Embedding(context, "model.embed_tokens", config.vocab_size, config.hidden_size)
+        self.lm_head = OutputHead(context, "lm_head", config.hidden_size, config.vocab_size)
+        tied = self.lm_head.load if config.tie_word_embeddings else None
+        self.embed_tokens = Embedding(context, "model.embed_tokens", config.vocab_size, config.hidden_size, tied)
         self.layers = [
             self.layer_class(context, traits, f"model.layers.{i}", self.cos_sin)
             for i in range(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(context, "model.norm", config.hidden_size, config.rms_norm_eps)
-        self.lm_head = OutputHead(context, "lm_head", config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
-            context.weights.when_filled(lambda: self.lm_head.load(self.embed_tokens.table))
 
     @staticmethod
     def traits(hf_config: PretrainedConfig) -> DenseTraits:
