@@ -5,6 +5,6 @@
 
 namespace folovllm::attention {
 
-const Kernels& avx512_kernels(AttentionDtype dtype) { return exact_kernels_of(dtype); }
+const Kernels& avx512_kernels(DType dtype) { return exact_kernels_of(dtype); }
 
 }  // namespace folovllm::attention

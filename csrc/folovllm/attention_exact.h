@@ -352,12 +352,12 @@ constexpr Kernels exact_kernels() {
   return {kExactRows, true, &exact_scratch_bytes, &attend_exactly<T>, &merge_states, &finish_rows<T>};
 }
 
-inline const Kernels& exact_kernels_of(AttentionDtype dtype) {
+inline const Kernels& exact_kernels_of(DType dtype) {
   static constexpr Kernels kOfFloat32 = exact_kernels<float>();
-  static constexpr Kernels kOfBfloat16 = exact_kernels<Bfloat16>();
+  static constexpr Kernels kOfBFloat16 = exact_kernels<BFloat16>();
   static constexpr Kernels kOfFloat16 = exact_kernels<Float16>();
-  if (dtype == AttentionDtype::kFloat32) return kOfFloat32;
-  return dtype == AttentionDtype::kBfloat16 ? kOfBfloat16 : kOfFloat16;
+  if (dtype == DType::kFloat32) return kOfFloat32;
+  return dtype == DType::kBFloat16 ? kOfBFloat16 : kOfFloat16;
 }
 
 }  // namespace

@@ -66,11 +66,11 @@ struct Kernels {
 };
 
 // The kernels of the best instruction set up to `isa`.
-const Kernels& kernels_of(Isa isa, AttentionDtype dtype, AttentionMode mode);
+const Kernels& kernels_of(Isa isa, DType dtype, AttentionMode mode);
 
-const Kernels& portable_kernels(AttentionDtype dtype);
-const Kernels& avx2_kernels(AttentionDtype dtype);
-const Kernels& avx512_kernels(AttentionDtype dtype);
+const Kernels& portable_kernels(DType dtype);
+const Kernels& avx2_kernels(DType dtype);
+const Kernels& avx512_kernels(DType dtype);
 const Kernels& avx512_bf16_kernels();
 const Kernels& amx_kernels();
 

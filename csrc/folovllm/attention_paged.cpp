@@ -45,7 +45,9 @@ void check(const AttentionLayout& layout) {
     refuse("num_heads=" + std::to_string(layout.num_heads) +
            " must be a multiple of num_kv_heads=" + std::to_string(layout.num_kv_heads));
   }
-  if (!std::isfinite(layout.scale)) refuse("scale must be finite");
+  if (!std::isfinite(layout.scale) || layout.scale <= 0.0F) {
+    refuse("scale=" + std::to_string(layout.scale) + " must be positive and finite");
+  }
 }
 
 Shape shape_of(const AttentionLayout& layout) {
@@ -101,12 +103,16 @@ struct StateLayout {
 namespace attention {
 
 #if !defined(__x86_64__)
-const Kernels& avx2_kernels(AttentionDtype dtype) { return portable_kernels(dtype); }
-const Kernels& avx512_kernels(AttentionDtype dtype) { return portable_kernels(dtype); }
+const Kernels& avx2_kernels(DType dtype) { return portable_kernels(dtype); }
+const Kernels& avx512_kernels(DType dtype) { return portable_kernels(dtype); }
+const Kernels& avx512_bf16_kernels() { return portable_kernels(DType::kBFloat16); }
+const Kernels& amx_kernels() { return portable_kernels(DType::kBFloat16); }
 #endif
 
-const Kernels& kernels_of(Isa isa, AttentionDtype dtype, AttentionMode mode) {
-  (void)mode;
+const Kernels& kernels_of(Isa isa, DType dtype, AttentionMode mode) {
+  if (dtype == DType::kBFloat16 && mode == AttentionMode::kFast && isa >= Isa::kAvx512Bf16) {
+    return isa == Isa::kAmx ? amx_kernels() : avx512_bf16_kernels();
+  }
   if (isa >= Isa::kAvx512) return avx512_kernels(dtype);
   return isa == Isa::kAvx2 ? avx2_kernels(dtype) : portable_kernels(dtype);
 }
@@ -219,12 +225,13 @@ class Step {
   }
 
   void finish(const TokenTile& tile, int head, const State& state) const {
-    const std::int64_t out = tile.first_token * batch_.out_stride + std::int64_t{head} * shape_.group * shape_.head_size;
+    const std::int64_t out =
+        tile.first_token * batch_.out_stride + std::int64_t{head} * shape_.group * shape_.head_size;
     kernels_.finish(shape_, tile.num_tokens, state, const_cast<void*>(element(batch_.out, out)), batch_.out_stride);
   }
 
   const void* element(const void* tensor, std::int64_t index) const {
-    return static_cast<const std::byte*>(tensor) + index * (layout_.dtype == AttentionDtype::kFloat32 ? 4 : 2);
+    return static_cast<const std::byte*>(tensor) + index * static_cast<std::int64_t>(size_of(layout_.dtype));
   }
 
   const AttentionLayout& layout_;

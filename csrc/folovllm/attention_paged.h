@@ -15,18 +15,18 @@
 #include <cstdint>
 #include <memory>
 
-namespace folovllm {
+#include "number_formats.h"
 
-enum class AttentionDtype : std::uint8_t { kFloat32, kBfloat16, kFloat16 };
+namespace folovllm {
 
 // What does not change from step to step.
 struct AttentionLayout {
-  int num_heads;      // a multiple of num_kv_heads
+  int num_heads;  // a multiple of num_kv_heads
   int num_kv_heads;
-  int head_size;      // even, at most 512; multiples of 16 are fast
-  int block_size;     // tokens per block
-  float scale;        // of the scores
-  AttentionDtype dtype;  // of query, kv_cache and out
+  int head_size;   // even, at most 512; multiples of 16 are fast
+  int block_size;  // tokens per block
+  float scale;     // of the scores; positive
+  DType dtype;     // of query, kv_cache and out
 };
 
 // One step. Strides count elements.

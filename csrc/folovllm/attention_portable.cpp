@@ -5,6 +5,6 @@
 
 namespace folovllm::attention {
 
-const Kernels& portable_kernels(AttentionDtype dtype) { return exact_kernels_of(dtype); }
+const Kernels& portable_kernels(DType dtype) { return exact_kernels_of(dtype); }
 
 }  // namespace folovllm::attention

@@ -16,7 +16,7 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // 2^x within 1e-7 of it for x from -126 to 127; 0 below, exactly 1 at 0, NaN of NaN.
 inline Vec::F exp2(Vec::F x) {
-  const Vec::F bounded = Vec::max(Vec::set1(-127.0F), x);
+  const Vec::F bounded = Vec::max(Vec::set1(-126.0F), x);
   const Vec::F whole = Vec::round(bounded);
   const Vec::F f = Vec::sub(bounded, whole);
   // 1 + f * q(f), q fitted to the least relative error for |f| <= 1/2.

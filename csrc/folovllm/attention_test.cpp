@@ -5,7 +5,6 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -13,24 +12,20 @@
 #include <thread>
 #include <vector>
 
-#include "attention_convert.h"
 #include "cpu_features.h"
+#include "number_formats.h"
 #include "thread_pool.h"
 
 using namespace folovllm;
-using attention::Bfloat16;
-using attention::Float16;
-using attention::from_float;
-using attention::to_float;
 
 namespace {
 
 template <typename T>
-constexpr AttentionDtype kDtype = AttentionDtype::kFloat32;
+constexpr DType kDtype = DType::kFloat32;
 template <>
-constexpr AttentionDtype kDtype<Bfloat16> = AttentionDtype::kBfloat16;
+constexpr DType kDtype<BFloat16> = DType::kBFloat16;
 template <>
-constexpr AttentionDtype kDtype<Float16> = AttentionDtype::kFloat16;
+constexpr DType kDtype<Float16> = DType::kFloat16;
 
 struct Sizes {
   int num_heads;
@@ -93,7 +88,8 @@ struct Problem {
   T& kv(std::size_t req, int pos, int kind, int head, int d) {
     const std::int64_t block = tables[req * static_cast<std::size_t>(columns) +
                                       static_cast<std::size_t>(pos / sizes.block_size)];
-    const std::int64_t row = ((block * 2 + kind) * sizes.num_kv_heads + head) * sizes.block_size + pos % sizes.block_size;
+    const std::int64_t rows = ((block * 2 + kind) * sizes.num_kv_heads + head) * sizes.block_size;
+    const std::int64_t row = rows + pos % sizes.block_size;
     return kv_cache[static_cast<std::size_t>(row * sizes.head_size + d)];
   }
 
@@ -240,15 +236,15 @@ TEST_CASE("float32 equals the formula") { check_formula<float>(AttentionMode::kF
 
 TEST_CASE("float16 equals the formula") { check_formula<Float16>(AttentionMode::kFast, 2e-3); }
 
-TEST_CASE("bfloat16 equals the formula") { check_formula<Bfloat16>(AttentionMode::kFast, 1.6e-2); }
+TEST_CASE("bfloat16 equals the formula") { check_formula<BFloat16>(AttentionMode::kFast, 1.6e-2); }
 
 TEST_CASE("bfloat16 equals the formula in exact arithmetic") {
-  check_formula<Bfloat16>(AttentionMode::kBatchInvariant, 1.6e-2);
+  check_formula<BFloat16>(AttentionMode::kBatchInvariant, 1.6e-2);
 }
 
 TEST_CASE("long sequences equal the formula, split or not") {
   Problem<float> exact({4, 2, 64, 16}, {{1, 5000}, {20, 2100}});
-  Problem<Bfloat16> fast({4, 2, 64, 16}, {{1, 5000}, {70, 2100}});
+  Problem<BFloat16> fast({4, 2, 64, 16}, {{1, 5000}, {70, 2100}});
   const auto exact_expected = exact.by_formula();
   const auto fast_expected = fast.by_formula();
   for (const int threads : {1, 4}) {
@@ -265,9 +261,6 @@ TEST_CASE("long sequences equal the formula, split or not") {
 TEST_CASE("scores far apart neither overflow nor vanish") {
   Problem<float> problem({1, 1, 32, 16}, {{20, 300}, {1, 300}});
   for (float& x : problem.query) x *= 1e3F;
-  const auto expected = problem.by_formula();
-  // exp overflows a double in the plain formula, so the reference is one key: the weights are 0 or 1.
-  (void)expected;
   for (const Isa isa : levels()) {
     limit_isa(isa);
     for (const float x : problem.attend_all(AttentionMode::kFast)) CHECK(std::isfinite(x));
@@ -278,7 +271,7 @@ TEST_CASE("scores far apart neither overflow nor vanish") {
 TEST_CASE("a row has the same bits in any chunk, batch and number of threads") {
   SUBCASE("float32") { check_bits<float>(); }
   SUBCASE("float16") { check_bits<Float16>(); }
-  SUBCASE("bfloat16") { check_bits<Bfloat16>(); }
+  SUBCASE("bfloat16") { check_bits<BFloat16>(); }
 }
 
 TEST_CASE("callers of one object take turns") {
@@ -287,7 +280,9 @@ TEST_CASE("callers of one object take turns") {
   PagedAttention kernel(problem.layout());
   const auto expected = problem.attend(kernel, AttentionMode::kFast, 0, 0, 1);
   auto call = [&] {
-    for (int i = 0; i < 20; ++i) CHECK(same_bits(expected, problem.attend(kernel, AttentionMode::kFast, 0, 0, 1).data()));
+    for (int i = 0; i < 20; ++i) {
+      CHECK(same_bits(expected, problem.attend(kernel, AttentionMode::kFast, 0, 0, 1).data()));
+    }
   };
   std::thread other(call);
   call();
@@ -304,7 +299,7 @@ TEST_CASE("no requests, and requests without tokens, are no work") {
 
 TEST_CASE("layouts that cannot be served are refused by name") {
   const auto make = [](int heads, int kv_heads, int head_size, int block_size, float scale) {
-    PagedAttention kernel({heads, kv_heads, head_size, block_size, scale, AttentionDtype::kFloat32});
+    PagedAttention kernel({heads, kv_heads, head_size, block_size, scale, DType::kFloat32});
   };
   CHECK_THROWS_AS(make(3, 2, 64, 16, 1.0F), std::invalid_argument);
   CHECK_THROWS_AS(make(2, 2, 63, 16, 1.0F), std::invalid_argument);
@@ -312,18 +307,4 @@ TEST_CASE("layouts that cannot be served are refused by name") {
   CHECK_THROWS_AS(make(2, 2, 64, 0, 1.0F), std::invalid_argument);
   CHECK_THROWS_AS(make(0, 2, 64, 16, 1.0F), std::invalid_argument);
   CHECK_THROWS_AS(make(2, 2, 64, 16, std::numeric_limits<float>::infinity()), std::invalid_argument);
-}
-
-TEST_CASE("16-bit numbers round to the nearest and back") {
-  for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
-    const auto half = static_cast<std::uint16_t>(bits);
-    if ((bits & 0x7fffU) <= 0x7c00U) CHECK(from_float<Float16>(to_float(Float16{half})).bits == half);
-    if ((bits & 0x7fffU) <= 0x7f80U) CHECK(from_float<Bfloat16>(to_float(Bfloat16{half})).bits == half);
-  }
-  CHECK(from_float<Float16>(65519.0F).bits == 0x7bff);
-  CHECK(from_float<Float16>(65520.0F).bits == 0x7c00);
-  CHECK(from_float<Float16>(0x1.8p-25F).bits == 1);
-  CHECK(from_float<Float16>(0x1p-25F).bits == 0);
-  CHECK(from_float<Bfloat16>(std::bit_cast<float>(0x3f808000U)).bits == 0x3f80);
-  CHECK(from_float<Bfloat16>(std::bit_cast<float>(0x3f818000U)).bits == 0x3f82);
 }

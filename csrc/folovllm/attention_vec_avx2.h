@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "attention_convert.h"
+#include "number_formats.h"
 
 namespace folovllm::attention {
 namespace {
@@ -17,23 +17,38 @@ struct Vec {
   static F set1(float x) { return _mm256_set1_ps(x); }
   static F iota() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
-  static F load(const Bfloat16* p) {
+  static F load(const BFloat16* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   }
   static F load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   template <typename T>
   static F load_first(const T* p, int n) {
-    alignas(32) float lanes[kWidth] = {};
-    for (int i = 0; i < n; ++i) lanes[i] = to_float(p[i]);
-    return _mm256_load_ps(lanes);
+    T lanes[kWidth] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
   }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  // To the nearest, ties to even; a NaN stays one.
+  static void store(BFloat16* p, F x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  }
+  static void store(Float16* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
   template <typename T>
   static void store_first(T* p, F x, int n) {
-    alignas(32) float lanes[kWidth];
-    _mm256_store_ps(lanes, x);
-    for (int i = 0; i < n; ++i) p[i] = from_float<T>(lanes[i]);
+    T lanes[kWidth];
+    store(lanes, x);
+    for (int i = 0; i < n; ++i) p[i] = lanes[i];
   }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }

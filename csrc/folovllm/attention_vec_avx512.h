@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "attention_convert.h"
+#include "number_formats.h"
 
 namespace folovllm::attention {
 namespace {
@@ -19,16 +19,16 @@ struct Vec {
   static F set1(float x) { return _mm512_set1_ps(x); }
   static F iota() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
-  static F load(const Bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F load(const BFloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static F load(const Float16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static F load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
-  static F load_first(const Bfloat16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+  static F load_first(const BFloat16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
   static F load_first(const Float16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static void store_first(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
-  static void store_first(Bfloat16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(x)); }
+  static void store_first(BFloat16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(x)); }
   static void store_first(Float16* p, F x, int n) {
     _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "attention_convert.h"
+#include "number_formats.h"
 
 namespace folovllm::attention {
 namespace {
@@ -29,7 +29,7 @@ struct Vec {
   static F set1(float x) { return each([&](int) { return x; }); }
   static F iota() { return each([](int i) { return static_cast<float>(i); }); }
   static F load(const float* p) { return each([&](int i) { return p[i]; }); }
-  static F load(const Bfloat16* p) { return each([&](int i) { return to_float(p[i]); }); }
+  static F load(const BFloat16* p) { return each([&](int i) { return to_float(p[i]); }); }
   static F load(const Float16* p) { return each([&](int i) { return to_float(p[i]); }); }
   template <typename T>
   static F load_first(const T* p, int n) {
@@ -56,7 +56,7 @@ struct Vec {
     constexpr float kMagic = 12582912.0F;  // 1.5 * 2^23: what is added to it loses its fraction
     return each([&](int i) { return (x.lane[i] + kMagic) - kMagic; });
   }
-  // x * 2^n for whole n from -127 up; 2^-127 counts as 0.
+  // x * 2^n for whole n from -126 to 127.
   static F scale_by_power(F x, F n) {
     return each([&](int i) {
       const auto exponent = static_cast<std::uint32_t>(n.lane[i] == n.lane[i] ? static_cast<int>(n.lane[i]) : 0) + 127U;

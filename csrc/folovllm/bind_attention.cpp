@@ -1,43 +1,30 @@
 #include <nanobind/stl/string_view.h>
 
-#include <stdexcept>
-#include <string>
 #include <string_view>
 
 #include "attention_paged.h"
 #include "bindings.h"
+#include "recording.h"
 
 namespace nb = nanobind;
 
 namespace folovllm {
-namespace {
-
-AttentionDtype attention_dtype(std::string_view name) {
-  if (name == "float32") return AttentionDtype::kFloat32;
-  if (name == "bfloat16") return AttentionDtype::kBfloat16;
-  if (name == "float16") return AttentionDtype::kFloat16;
-  throw std::invalid_argument("paged attention: dtype='" + std::string(name) +
-                              "' is not allowed; it must be float32, bfloat16 or float16");
-}
-
-}  // namespace
-
 void bind_attention(nb::module_& m) {
   nb::class_<PagedAttention>(m, "PagedAttention")
       .def(
           "__init__",
           [](PagedAttention* self, int num_heads, int num_kv_heads, int head_size, int block_size, float scale,
              std::string_view dtype) {
-            new (self) PagedAttention({num_heads, num_kv_heads, head_size, block_size, scale, attention_dtype(dtype)});
+            new (self) PagedAttention({num_heads, num_kv_heads, head_size, block_size, scale, dtype_of(dtype)});
           },
           nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_size"), nb::arg("block_size"), nb::arg("scale"),
           nb::arg("dtype"))
       .def(
           "forward",
           [](PagedAttention& self, Address query, std::int64_t query_stride, Address kv_cache, Address query_start_loc,
-             Address seq_lens, Address block_tables, std::int64_t block_table_stride, std::int64_t num_reqs, Address out,
-             std::int64_t out_stride, bool batch_invariant) {
-            const AttentionBatch batch{
+             Address seq_lens, Address block_tables, std::int64_t block_table_stride, std::int64_t num_reqs,
+             Address out, std::int64_t out_stride, bool batch_invariant) {
+            AttentionBatch batch{
                 .query = pointer<const void>(query),
                 .query_stride = query_stride,
                 .kv_cache = pointer<const void>(kv_cache),
@@ -49,7 +36,15 @@ void bind_attention(nb::module_& m) {
                 .out = pointer<void>(out),
                 .out_stride = out_stride,
             };
-            self.forward(batch, batch_invariant ? AttentionMode::kBatchInvariant : AttentionMode::kFast);
+            const AttentionMode mode = batch_invariant ? AttentionMode::kBatchInvariant : AttentionMode::kFast;
+            self.forward(batch, mode);
+            if (Recording* const recording = Recording::current()) {
+              recording->add([self = &self, batch, mode](const StepSizes& sizes) mutable {
+                batch.num_reqs = sizes.num_reqs;
+                batch.block_table_stride = sizes.block_table_stride;
+                self->forward(batch, mode);
+              });
+            }
           },
           nb::arg("query"), nb::arg("query_stride"), nb::arg("kv_cache"), nb::arg("query_start_loc"),
           nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("block_table_stride"), nb::arg("num_reqs"),

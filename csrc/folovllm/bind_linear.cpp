@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 #include "packed_linear.h"
+#include "recording.h"
 
 namespace nb = nanobind;
 
@@ -24,8 +25,10 @@ void forward(const PackedLinear& self, Address x, std::int64_t num_rows, std::in
              std::int64_t out_stride, std::string_view out_dtype, bool batch_invariant) {
   const DType dtype = dtype_of(out_dtype);
   const nb::gil_scoped_release no_gil;
-  self.forward(pointer<const std::byte>(x), num_rows, x_stride, pointer<std::byte>(out), out_stride, dtype,
-               batch_invariant);
+  perform_on_tokens(num_rows, [=, self = &self](std::int64_t rows) {
+    self->forward(pointer<const std::byte>(x), rows, x_stride, pointer<std::byte>(out), out_stride, dtype,
+                  batch_invariant);
+  });
 }
 
 void unpack(const PackedLinear& self, std::int64_t first_row, std::int64_t num_rows, Address out) {

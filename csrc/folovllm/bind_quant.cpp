@@ -4,6 +4,7 @@
 
 #include "bindings.h"
 #include "quantized_linear.h"
+#include "recording.h"
 
 namespace nb = nanobind;
 
@@ -19,8 +20,10 @@ void fill(QuantizedLinear& self, std::int64_t first_column, std::int64_t num_col
 
 void forward(const QuantizedLinear& self, Address x, std::int64_t num_rows, std::int64_t x_stride, Address out,
              std::int64_t out_stride, std::string_view out_dtype, bool batch_invariant) {
-  self.forward(pointer<const std::byte>(x), num_rows, x_stride, pointer<std::byte>(out), out_stride,
-               dtype_of(out_dtype), batch_invariant);
+  perform_on_tokens(num_rows, [=, self = &self, dtype = dtype_of(out_dtype)](std::int64_t rows) {
+    self->forward(pointer<const std::byte>(x), rows, x_stride, pointer<std::byte>(out), out_stride, dtype,
+                  batch_invariant);
+  });
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ void bind_attention(nb::module_& m);
 void bind_fused(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_quant(nb::module_& m);
+void bind_recording(nb::module_& m);
 }  // namespace folovllm
 
 NB_MODULE(_native, m) {
@@ -32,4 +33,5 @@ NB_MODULE(_native, m) {
   bind_fused(m);
   bind_sampling(m);
   bind_quant(m);
+  bind_recording(m);
 }

@@ -17,62 +17,16 @@
 
 #include <immintrin.h>
 
+#include "amx_tiles.h"
 #include "gemm.h"
 
 namespace folovllm {
 namespace {
 
-constexpr std::int64_t kTileRows = 16;
-constexpr std::int64_t kTileBytes = 1024;
 constexpr std::int64_t kLineBytes = 64;
 constexpr std::int64_t kMaxPieceRows = 256;
 // Of k, in blocks of 32: 16 KiB of weights and as much of activations.
 constexpr std::int64_t kStretch = 8;
-
-// The compiler's own intrinsics do not say that they read memory, so stores before them may be lost.
-template <int kTile>
-void load_tile(const void* from, std::int64_t stride) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(kTile) : "memory");
-}
-
-template <int kTile>
-void store_tile(void* to, std::int64_t stride) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(kTile) : "memory");
-}
-
-template <int kTile>
-void zero_tile() {
-  __asm__ volatile("tilezero %%tmm%c0" : : "i"(kTile));
-}
-
-template <int kSum, int kLeft, int kRight>
-void multiply_tiles() {
-  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
-}
-
-// The shapes of a thread's tiles, for the time of a piece of work.
-class TileConfig {
- public:
-  // Tiles [0, 4) are results, `first_left` and up to `num_left` tiles activations: these have `num_rows` rows.
-  TileConfig(std::int64_t num_rows, int first_left, int num_left) {
-    struct alignas(64) Layout {
-      std::uint8_t palette = 1;
-      std::uint8_t start_row = 0;
-      std::uint8_t reserved[14] = {};
-      std::uint16_t row_bytes[16] = {};
-      std::uint8_t num_rows[16] = {};
-    } layout;
-    for (int tile = 0; tile < 8; ++tile) {
-      const bool is_left = tile >= first_left && tile < first_left + num_left;
-      layout.row_bytes[tile] = 64;
-      layout.num_rows[tile] = static_cast<std::uint8_t>(tile < 4 || is_left ? num_rows : kTileRows);
-    }
-    __asm__ volatile("ldtilecfg %0" : : "m"(layout) : "memory");
-  }
-  ~TileConfig() { __asm__ volatile("tilerelease"); }
-  TileConfig(const TileConfig&) = delete;
-  TileConfig& operator=(const TileConfig&) = delete;
-};
 
 std::int64_t k_blocks(const Gemm& gemm) { return (gemm.in_features + kTileDepth - 1) / kTileDepth; }
 
@@ -134,7 +88,7 @@ void few_rows_block(const Gemm& gemm, const std::byte* left, std::int64_t row, s
 
 void few_rows(const Gemm& gemm, const std::byte* left, Range rows, Range panels) {
   const std::int64_t num_rows = rows.end - rows.begin;
-  const TileConfig config(num_rows, 4, 1);
+  const TileConfig config(num_rows, 0b0001'1111);
   std::int64_t panel = panels.begin;
   for (; panel + 4 <= panels.end; panel += 4) few_rows_block<4>(gemm, left, rows.begin, num_rows, panel);
   for (; panel < panels.end; ++panel) few_rows_block<1>(gemm, left, rows.begin, num_rows, panel);
@@ -232,7 +186,7 @@ void panel_block(const Gemm& gemm, const std::byte* left, Range rows, std::int64
 
 void compute(const Gemm& gemm, const std::byte* prepared, Range rows, Range panels) {
   if (gemm.num_rows <= kTileRows) return few_rows(gemm, prepared, rows, panels);
-  const TileConfig config(kTileRows, 6, 2);
+  const TileConfig config;
   std::int64_t panel = panels.begin;
   for (; panel + 2 <= panels.end; panel += 2) panel_block<true>(gemm, prepared, rows, panel);
   if (panel < panels.end) panel_block<false>(gemm, prepared, rows, panel);

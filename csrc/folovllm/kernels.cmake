@@ -1,6 +1,7 @@
 # The files of the kernels, one list per area.
-set(FOLOVLLM_KERNEL_SOURCES cpu_features.cpp thread_pool.cpp)
-set(FOLOVLLM_BINDING_SOURCES bind_linear.cpp bind_attention.cpp bind_fused.cpp bind_sampling.cpp bind_quant.cpp)
+set(FOLOVLLM_KERNEL_SOURCES cpu_features.cpp thread_pool.cpp recording.cpp)
+set(FOLOVLLM_BINDING_SOURCES bind_linear.cpp bind_attention.cpp bind_fused.cpp bind_sampling.cpp bind_quant.cpp
+    bind_recording.cpp)
 set(FOLOVLLM_TESTS thread_pool_test)
 
 # Linear layers.
@@ -23,13 +24,16 @@ list(APPEND FOLOVLLM_TESTS attention_test)
 # The order and rounding of operations is part of the contract: no contraction but the fma that are written.
 set(FOLOVLLM_ATTENTION_OPTIONS -ffp-contract=off)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  list(APPEND FOLOVLLM_KERNEL_SOURCES attention_avx2.cpp attention_avx512.cpp)
+  list(APPEND FOLOVLLM_KERNEL_SOURCES attention_avx2.cpp attention_avx512.cpp attention_avx512_bf16.cpp
+       attention_amx.cpp)
   # gcc 12 finds its own intrinsics uninitialised (its bug 105593).
   set(FOLOVLLM_ATTENTION_AVX2 ${FOLOVLLM_ATTENTION_OPTIONS} -Wno-uninitialized -Wno-maybe-uninitialized
                               -mavx2 -mfma -mf16c)
   set(FOLOVLLM_ATTENTION_AVX512 ${FOLOVLLM_ATTENTION_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
   set_source_files_properties(attention_avx2.cpp PROPERTIES COMPILE_OPTIONS "${FOLOVLLM_ATTENTION_AVX2}")
   set_source_files_properties(attention_avx512.cpp PROPERTIES COMPILE_OPTIONS "${FOLOVLLM_ATTENTION_AVX512}")
+  set_source_files_properties(attention_avx512_bf16.cpp attention_amx.cpp PROPERTIES
+                              COMPILE_OPTIONS "${FOLOVLLM_ATTENTION_AVX512};-mavx512bf16")
 endif()
 set_source_files_properties(attention_portable.cpp PROPERTIES COMPILE_OPTIONS "${FOLOVLLM_ATTENTION_OPTIONS}")
 

@@ -5,7 +5,7 @@
 
 namespace folovllm {
 
-DType formats::dtype_of(std::string_view name) {
+DType dtype_of(std::string_view name) {
   if (name == "float32") return DType::kFloat32;
   if (name == "bfloat16") return DType::kBFloat16;
   if (name == "float16") return DType::kFloat16;

@@ -1,4 +1,7 @@
 // The three floating-point formats of weights and activations, and conversions that any machine can do.
+//
+// Files compiled for different instruction sets include this, so its functions are local to each: the linker must not
+// take one file's copy for all.
 #pragma once
 
 #include <bit>
@@ -7,7 +10,6 @@
 #include <string_view>
 
 namespace folovllm {
-inline namespace formats {
 
 enum class DType : std::uint8_t { kFloat32, kBFloat16, kFloat16 };
 
@@ -23,6 +25,8 @@ struct BFloat16 {
 struct Float16 {
   std::uint16_t bits;
 };
+
+namespace {
 
 inline float to_float(float value) { return value; }
 
@@ -76,5 +80,5 @@ decltype(auto) with_type(DType dtype, F&& function) {
   return function(Float16{});
 }
 
-}  // namespace formats
+}  // namespace
 }  // namespace folovllm

@@ -1,10 +1,13 @@
 """Every attention backend computes what the formula says, on one contract."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
 from folovllm.attention.backends.flash_attn import FlashAttnBackend, padded_num_blocks
@@ -18,13 +21,17 @@ BLOCK, HEAD, KV_HEADS, NUM_BLOCKS = 4, 8, 2, 120
 
 
 def make_step(
-    lens: list[tuple[int, int]], heads: int, dtype: torch.dtype = torch.float32, stale: float = 0.0
+    lens: list[tuple[int, int]],
+    heads: int,
+    dtype: torch.dtype = torch.float32,
+    stale: float = 0.0,
+    num_blocks: int = NUM_BLOCKS,
 ) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata, list[tuple[torch.Tensor, torch.Tensor]]]:
     """A cache filled with requests of (query_len, seq_len) in scattered blocks, `stale` in every other slot."""
     generator = torch.Generator().manual_seed(len(lens))
-    cache = torch.full((NUM_BLOCKS, 2, KV_HEADS, BLOCK, HEAD), stale, dtype=dtype)
+    cache = torch.full((num_blocks, 2, KV_HEADS, BLOCK, HEAD), stale, dtype=dtype)
     cache[0] = 0
-    order = iter((torch.randperm(NUM_BLOCKS - 1, generator=generator) + 1).tolist())
+    order = iter((torch.randperm(num_blocks - 1, generator=generator) + 1).tolist())
     columns = max(-(-seq // BLOCK) for _, seq in lens) + 1
     tables = np.zeros((len(lens), columns), dtype=np.int32)
     slots, kvs = [], []
@@ -55,7 +62,10 @@ def make_step(
 
 
 def attend(
-    backend: type[AttentionBackend], query: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata
+    backend: Callable[[int, int, int, int], AttentionBackend],
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    metadata: AttentionMetadata,
 ) -> torch.Tensor:
     instance = backend(query.shape[1], KV_HEADS, HEAD, BLOCK)
     planned = dataclasses.replace(metadata, backend_plan=instance.plan(metadata))
@@ -117,21 +127,85 @@ def test_stale_nan_in_reused_blocks_never_reaches_the_output(backend, batch):
     assert torch.equal(clean, dirty)
 
 
-def test_flash_attn_decode_row_does_not_depend_on_its_neighbours():
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_rows_of_the_query_may_lie_apart(backend):
+    query, cache, metadata, _ = make_step(BATCHES["mixed"], 4)
+    fused = torch.full((len(query), 7, HEAD), float("nan"))
+    fused[:, 1:5] = query
+    assert torch.equal(attend(backend, fused[:, 1:5], cache, metadata), attend(backend, query, cache, metadata))
+
+
+def rows_of(metadata: AttentionMetadata, i: int, first: int, end: int) -> AttentionMetadata:
+    """A step of request i alone, in which its query rows [first, end) are computed."""
+    starts = metadata.query_start_loc_cpu
+    query_len = int(starts[i + 1] - starts[i])
+    seq_lens = metadata.seq_lens_cpu[i : i + 1] - (query_len - end)
+    start = np.array([0, end - first], dtype=np.int32)
+    return dataclasses.replace(
+        metadata,
+        block_tables=metadata.block_tables[i : i + 1],
+        query_start_loc=torch.from_numpy(start),
+        query_start_loc_cpu=start,
+        seq_lens=torch.from_numpy(seq_lens),
+        seq_lens_cpu=seq_lens,
+    )
+
+
+@pytest.mark.parametrize("backend", [FlashAttnBackend, PagedBackend], ids=lambda b: b.name)
+def test_a_decode_does_not_depend_on_its_neighbours(backend):
     query, cache, metadata, _ = make_step(BATCHES["decodes"], 4)
-    together = attend(FlashAttnBackend, query, cache, metadata)
+    together = attend(backend, query, cache, metadata)
     for i in range(len(query)):
-        seq_lens = metadata.seq_lens_cpu[i : i + 1]
-        start = np.array([0, 1], dtype=np.int32)
-        alone = dataclasses.replace(
-            metadata,
-            block_tables=metadata.block_tables[i : i + 1],
-            query_start_loc=torch.from_numpy(start),
-            query_start_loc_cpu=start,
-            seq_lens=torch.from_numpy(seq_lens),
-            seq_lens_cpu=seq_lens,
-        )
-        assert torch.equal(attend(FlashAttnBackend, query[i : i + 1], cache, alone)[0], together[i])
+        alone = attend(backend, query[i : i + 1], cache, rows_of(metadata, i, 0, 1))
+        assert torch.equal(alone[0], together[i])
+
+
+def batch_invariant(num_heads: int, num_kv_heads: int, head_size: int, block_size: int) -> PagedBackend:
+    return PagedBackend(num_heads, num_kv_heads, head_size, block_size, batch_invariant=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 4, 9])
+def test_batch_invariant_rows_have_the_same_bits_in_any_chunk(group, dtype):
+    query, cache, metadata, _ = make_step([(40, 40), (25, 90), (1, 30)], group * KV_HEADS, dtype)
+    together = attend(batch_invariant, query, cache, metadata)
+    starts = metadata.query_start_loc_cpu.tolist()
+    for i in range(len(starts) - 1):
+        for chunk in (1, 2, 3, 16, 33):
+            rows = query[starts[i] : starts[i + 1]]
+            for first in range(0, len(rows), chunk):
+                end = min(first + chunk, len(rows))
+                part = attend(batch_invariant, rows[first:end], cache, rows_of(metadata, i, first, end))
+                assert torch.equal(part, together[starts[i] + first : starts[i] + end])
+
+
+@pytest.mark.parametrize("backend", [FlashAttnBackend, TorchNaiveBackend], ids=lambda b: b.name)
+def test_batch_invariance_is_refused_where_it_cannot_be_had(backend):
+    with pytest.raises(ConfigError, match=rf"{backend.name}.*batch_invariant.*paged"):
+        backend(4, 2, 64, 16, batch_invariant=True)
+
+
+requests = st.lists(
+    st.tuples(st.integers(1, 20), st.integers(0, 60)).map(lambda lens: (lens[0], sum(lens))), min_size=1, max_size=5
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(requests=requests, group=st.integers(1, 9))
+def test_paged_equals_naive_on_any_batch(requests, group):
+    query, cache, metadata, _ = make_step(requests, group * KV_HEADS)
+    expected = attend(TorchNaiveBackend, query, cache, metadata)
+    torch.testing.assert_close(attend(PagedBackend, query, cache, metadata), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_equals_naive_where_long_contexts_are_split(dtype):
+    # One request beside short ones: its keys are shared out among the threads.
+    query, cache, metadata, _ = make_step([(1, 2500), (1, 5), (3, 1030)], 4, dtype, num_blocks=1000)
+    expected = attend(TorchNaiveBackend, query.float(), cache.float(), metadata)
+    tolerance = 4 * torch.finfo(dtype).eps
+    output = attend(PagedBackend, query, cache, metadata)
+    torch.testing.assert_close(output.float(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_padding_wastes_at_most_a_third_and_yields_few_lengths():

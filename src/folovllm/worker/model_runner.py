@@ -52,9 +52,8 @@ class ModelRunner:
         head_size = model_config.get_head_size()
         num_kv_heads = model_config.get_num_kv_heads(parallel)
         backend_class = select_backend(config.attention_backend, self.device, model_config.dtype, head_size)
-        self.backend = backend_class(
-            model_config.get_num_attention_heads(parallel), num_kv_heads, head_size, self.block_size
-        )
+        num_heads = model_config.get_num_attention_heads(parallel)
+        self.backend = backend_class(num_heads, num_kv_heads, head_size, self.block_size, config.batch_invariant)
         self.model = load_model(config, self.backend, tensor_parallel)
         shape = (config.cache_config.num_kv_blocks, 2, num_kv_heads, self.block_size, head_size)
         # Zeros, not empty: masked attention still multiplies what it masks, and must not meet a NaN.

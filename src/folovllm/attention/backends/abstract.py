@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from folovllm.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
@@ -40,13 +42,28 @@ class AttentionBackend(ABC):
     """Computes causal attention of a mixed batch over the paged cache. One instance serves all layers of a model."""
 
     name: ClassVar[str]
+    is_batch_invariant: ClassVar[bool] = False
+    """Whether `batch_invariant` can be asked for."""
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_size: int, block_size: int) -> None:
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_size: int, block_size: int, batch_invariant: bool = False
+    ) -> None:
+        """`batch_invariant`: a row's bits depend on no other row, nor on the chunk it is computed in.
+
+        Raises:
+            ConfigError: this backend cannot promise that.
+        """
+        if batch_invariant and not self.is_batch_invariant:
+            raise ConfigError(
+                f"attention backend {self.name!r} has no batch-invariant arithmetic; leave batch_invariant off, "
+                "or run on a CPU with attention_backend 'paged'"
+            )
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_size = head_size
         self.block_size = block_size
         self.scale = float(head_size**-0.5)
+        self.batch_invariant = batch_invariant
 
     @classmethod
     @abstractmethod

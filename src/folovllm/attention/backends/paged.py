@@ -29,14 +29,17 @@ class PagedPlan:
 class PagedBackend(AttentionBackend):
     """Reads K and V where they lie, once for all query heads that share them.
 
-    A row's result has the same bits whatever its neighbours, chunk and number of threads: the kernels compute in
-    float32 in every dtype.
+    A row's result has the same bits whatever its neighbours, chunk and number of threads: always in float32 and
+    float16, and in bfloat16 where `batch_invariant` asks for it, which gives up the bfloat16 instructions.
     """
 
     name = "paged"
+    is_batch_invariant = True
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_size: int, block_size: int) -> None:
-        super().__init__(num_heads, num_kv_heads, head_size, block_size)
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_size: int, block_size: int, batch_invariant: bool = False
+    ) -> None:
+        super().__init__(num_heads, num_kv_heads, head_size, block_size, batch_invariant)
         self._kernels = {
             dtype: PagedAttention(num_heads, num_kv_heads, head_size, block_size, self.scale, name)
             for dtype, name in DTYPE_NAMES.items()
@@ -78,5 +81,6 @@ class PagedBackend(AttentionBackend):
             plan.num_reqs,
             output.data_ptr(),
             num_heads * head_size,
+            self.batch_invariant,
         )
         return output
