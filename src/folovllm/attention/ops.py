@@ -12,7 +12,16 @@ One block of one layer is contiguous, K and V together, so that a store moves it
 A *slot* is a token's place in the pool: slot = block_id * block_size + offset within the block.
 """
 
+import functools
+import importlib.util
+
 import torch
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; asked before its kernels are imported."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def write_kv(
@@ -22,7 +31,15 @@ def write_kv(
     slot_blocks: torch.Tensor,
     slot_offsets: torch.Tensor,
 ) -> None:
-    """Store the step's `key` and `value` `[num_tokens, num_kv_heads, head_size]` in their slots."""
+    """Store the step's `key` and `value` `[num_tokens, num_kv_heads, head_size]` in their slots.
+
+    On CUDA with Triton, rows whose block is negative are skipped; they pad a captured batch.
+    """
+    if kv_cache.is_cuda and has_triton():
+        from folovllm.attention import triton_write
+
+        triton_write.write_kv(kv_cache, key, value, slot_blocks, slot_offsets)
+        return
     kv_cache[slot_blocks, :, :, slot_offsets] = torch.stack((key, value), dim=1)
 
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from folovllm.errors import ConfigError
+from folovllm.ops.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,13 @@ class AttentionBackend(ABC):
     """Computes causal attention of a mixed batch over the paged cache. One instance serves all layers of a model."""
 
     name: ClassVar[str]
+    workspace: Workspace | None = None
+    """Where native kernels put their results; None: others compute."""
     is_batch_invariant: ClassVar[bool] = False
     """Whether `batch_invariant` can be asked for."""
+    supports_cuda_graphs: ClassVar[bool] = False
+    """Whether `forward` of decodes can be captured: it launches the same work whatever the lengths, waits for nothing,
+    and a request of length 0 reads no block."""
 
     def __init__(
         self, num_heads: int, num_kv_heads: int, head_size: int, block_size: int, batch_invariant: bool = False
@@ -69,6 +75,11 @@ class AttentionBackend(ABC):
     @abstractmethod
     def supports(cls, device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
         """Whether this backend can run here; asked by the automatic choice and before a forced one is used."""
+
+    @classmethod
+    def missing_package(cls) -> str | None:
+        """The package that must be installed first; None when nothing is missing."""
+        return None
 
     def plan(self, metadata: AttentionMetadata) -> Any:
         """Prepare what all layers of the step share; the result travels as `metadata.backend_plan`."""
