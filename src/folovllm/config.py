@@ -132,6 +132,7 @@ class EngineConfig:
     cpu_threads_bind: Literal["none", "all"] = "none"
     kernels: Literal["auto", "torch"] = "auto"
     batch_invariant: bool = False
+    enforce_eager: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     """The options it was made from, as JSON knows them: other ranks make the same configuration from them."""
 

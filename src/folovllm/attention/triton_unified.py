@@ -265,7 +265,8 @@ def _attend_tile(
     return acc, new_max, row_sum
 
 
-@triton.jit
+# Not compiled anew for other numbers of requests, tokens and blocks.
+@triton.jit(do_not_specialize=["num_reqs", "num_tokens", "stride_table"])
 def unified_attention_kernel(
     query_ptr,  # [num_tokens, NUM_HEADS, HEAD]
     kv_ptr,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD]
@@ -367,7 +368,7 @@ def unified_attention_kernel(
     tl.store(result_at, result.to(output_ptr.dtype.element_ty), mask=is_element)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def reduce_splits_kernel(
     parts_ptr,  # [num_splits, num_tokens, num_heads, HEAD] fp32
     logs_ptr,  # [num_splits, num_tokens, num_heads] fp32: log2 of each part's weight

@@ -81,6 +81,8 @@ class EngineArgs:
     """"torch" computes with torch's operations alone, also where there are native kernels: slower, to compare with."""
     batch_invariant: bool = False
     """Use only kernels in which a row's arithmetic is independent of the other rows, or refuse to start."""
+    enforce_eager: bool = False
+    """Launch each kernel from Python, where CUDA graphs would replay decodes: to debug, or to start faster."""
     tensor_parallel_size: int = 1
     """Ranks that share each layer; a process each."""
     kv_transfer_config: KVTransferConfig | dict[str, Any] | None = None
@@ -180,6 +182,7 @@ class EngineArgs:
             cpu_threads_bind=self.cpu_threads_bind,
             kernels=self.kernels,
             batch_invariant=self.batch_invariant,
+            enforce_eager=self.enforce_eager,
             options=msgspec.to_builtins(self),
         )
         return _fit_to_pool(config, self._num_kv_blocks(config.kv_block_bytes))
