@@ -284,3 +284,29 @@ class QuantizedLinear:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weights, scales and zero points, padding included."""
+
+# -- recording ------------------------------------------------------------------------------------------------------
+
+class Recording:
+    """A forward pass remembered as the kernels it called; used by one thread.
+
+    Sizes are those of a step: its tokens, its requests, and the elements from row to row of its block tables. The others,
+    and all addresses, stay as recorded: who records keeps what they point at, the layers' objects included.
+    """
+
+    def begin(self, num_tokens: int, num_reqs: int, block_table_stride: int) -> None:
+        """Remember the kernels that this thread calls from here on, and forget those of before.
+
+        Raises:
+            RuntimeError: this thread records already.
+        """
+
+    def end(self) -> bool:
+        """Stop; False, and nothing is kept, when a kernel was called for another number of rows than the tokens'."""
+
+    def run(self, num_tokens: int, num_reqs: int, block_table_stride: int) -> None:
+        """Call the kernels again, for a step of these sizes. REQUIRES: `end` returned True."""
+
+    @property
+    def num_calls(self) -> int:
+        """Kernels remembered."""

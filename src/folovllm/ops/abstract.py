@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from folovllm.attention.backends.abstract import AttentionMetadata
+from folovllm.ops.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,16 @@ class HeadLayout:
 class Ops(ABC):
     """One instance serves one model; used by one thread."""
 
+    workspace: Workspace | None = None
+    """Where native kernels put their results; None: torch's kernels compute."""
+
     @abstractmethod
     def embed(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Rows `ids` (`[num_tokens]` int32) of `table` `[vocab_size, size]` as the model's dtype, to be written to."""
+
+    @abstractmethod
+    def take_rows(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Rows `indices` (`[n]` int32) of `x` `[num_rows, size]`, which has the model's dtype."""
 
     @abstractmethod
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

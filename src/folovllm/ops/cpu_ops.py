@@ -36,13 +36,20 @@ class CPUOps(Ops):
 
     def __init__(self, dtype: torch.dtype, workspace: Workspace) -> None:
         self.dtype = dtype
-        self.workspace = workspace
+        self.workspace: Workspace = workspace
         self._dtype_name = DTYPE_NAMES[dtype]
 
     def embed(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Converts from the table's dtype: it may be the checkpoint's own, mapped."""
+        return self._gather("embed", table, ids)
+
+    def take_rows(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """As an embedding: torch would wake threads of its own."""
+        return self._gather("take_rows", x, indices)
+
+    def _gather(self, name: str, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         num_rows, size = len(ids), table.shape[1]
-        out = self.workspace.rows("embed", num_rows, size, self.dtype)
+        out = self.workspace.rows(name, num_rows, size, self.dtype)
         _native.embed(
             table.data_ptr(),
             table.stride(0),

@@ -23,6 +23,10 @@ class TorchOps(Ops):
         """By torch's gather."""
         return F.embedding(ids, table).to(self.dtype)
 
+    def take_rows(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """By torch's gather."""
+        return x.index_select(0, indices)
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Any leading shape."""
         wide = x.float()

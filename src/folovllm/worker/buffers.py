@@ -17,6 +17,8 @@ class StagingBuffer:
         self._host = torch.zeros(capacity, dtype=dtype, pin_memory=not self._on_cpu)
         self._device = self._host if self._on_cpu else torch.zeros(capacity, dtype=dtype, device=device)
         self.array: npt.NDArray[np.generic] = self._host.numpy()
+        # Handed out last: the next step has mostly as many.
+        self._view = self._device[:0]
 
     def fill(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
         """Copy `values` over the start of the buffer; returns them on the device in their own shape."""
@@ -24,4 +26,6 @@ class StagingBuffer:
         self.array[:size] = values.reshape(-1)
         if not self._on_cpu:
             self._device[:size].copy_(self._host[:size], non_blocking=True)
-        return self._device[:size].view(values.shape)
+        if self._view.shape != values.shape:
+            self._view = self._device[:size].view(values.shape)
+        return self._view

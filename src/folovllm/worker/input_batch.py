@@ -3,6 +3,7 @@
 Rows are dense: when one leaves, the last row moves into its place. A row may sit out a step.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from folovllm.sampling_params import SamplingParams
 from folovllm.worker.prompt_logprobs import PromptLogprobs
 
 Rows = npt.NDArray[np.int64]
+
+_NO_ROWS: Rows = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class InputBatch:
         # Rows with the rarer options: without any a step skips what they need.
         self.num_processed = 0
         self.num_with_prompt_logprobs = 0
-        self._num_min_p = self._num_with_logprobs = 0
+        self._num_min_p = self._num_with_logprobs = self._num_min_tokens = 0
         # One more than the context: the last token may still be sampled there. Untouched pages cost nothing.
         self.token_ids = np.zeros((max_num_reqs, max_model_len + 1), dtype=np.int32)
         self.block_table = np.zeros((max_num_reqs, -(-max_model_len // block_size)), dtype=np.int32)
@@ -66,6 +69,10 @@ class InputBatch:
         self.min_tokens = np.zeros(max_num_reqs, dtype=np.int64)
         self.seeds = np.zeros(max_num_reqs, dtype=np.uint64)
         self._arrays = [value for value in vars(self).values() if isinstance(value, np.ndarray)]
+        # Of the last step, until a request comes or goes: decode steps ask for the same again and again.
+        self._scheduled: list[str] = []
+        self._scheduled_rows: Rows = _NO_ROWS
+        self._sampling: tuple[Rows, SamplingMetadata] | None = None
 
     def add(
         self, state: CachedRequestState, token_ids: list[int], block_ids: list[int], num_computed_tokens: int
@@ -74,6 +81,7 @@ class InputBatch:
         assert state.req_id not in self.row_of, f"request {state.req_id} has a row already"
         row = len(self.req_ids)
         assert row < len(self.num_tokens), "more running requests than max_num_seqs"
+        self._forget_last_step()
         self.req_ids.append(state.req_id)
         self.row_of[state.req_id] = row
         self.states.append(state)
@@ -106,6 +114,7 @@ class InputBatch:
         row = self.row_of.pop(req_id, None)
         if row is None:
             return
+        self._forget_last_step()
         self._count_options(self.states[row], -1)
         last_req_id, last_state = self.req_ids.pop(), self.states.pop()
         last = len(self.req_ids)
@@ -120,6 +129,14 @@ class InputBatch:
             if array.ndim == 1:
                 array[row] = array[last]
 
+    def rows_of(self, req_ids: Iterable[str]) -> Rows:
+        """The rows of these requests, in their order; the same array while nothing changes."""
+        scheduled = list(req_ids)
+        if scheduled != self._scheduled:
+            self._scheduled = scheduled
+            self._scheduled_rows = np.array([self.row_of[req_id] for req_id in scheduled], dtype=np.int64)
+        return self._scheduled_rows
+
     def append_tokens(self, rows: Rows, token_ids: npt.NDArray[np.int64]) -> None:
         """Add one sampled token to each of `rows`."""
         self.token_ids[rows, self.num_tokens[rows]] = token_ids
@@ -132,20 +149,44 @@ class InputBatch:
     def sampling_metadata(self, rows: Rows) -> SamplingMetadata:
         """The options of the rows that sample in this step, in their order."""
         positions = self.num_tokens[rows] - self.num_prompt_tokens[rows]
-        masked = np.flatnonzero(positions < self.min_tokens[rows])
-        ids = [self.states[rows[i]].masked_token_ids for i in masked]
+        if self._sampling is not None and self._sampling[0] is rows:
+            options = self._sampling[1]
+        else:
+            options = self._sampling_options(rows, positions)
+            self._sampling = rows, options
+        masked_rows, masked_token_ids = self._masked(rows, positions) if self._num_min_tokens else (_NO_ROWS, _NO_ROWS)
+        return SamplingMetadata(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seeds=options.seeds,
+            output_positions=positions,
+            masked_rows=masked_rows,
+            masked_token_ids=masked_token_ids,
+            min_p=options.min_p,
+            processed=self._processed(rows) if self.num_processed else (),
+            num_logprobs=options.num_logprobs,
+        )
+
+    def _sampling_options(self, rows: Rows, positions: Rows) -> SamplingMetadata:
+        """What stays the same from step to step."""
         return SamplingMetadata(
             temperature=self.temperature[rows],
             top_k=self.top_k[rows],
             top_p=self.top_p[rows],
             seeds=self.seeds[rows],
             output_positions=positions,
-            masked_rows=np.repeat(masked, [len(x) for x in ids]) if ids else masked,
-            masked_token_ids=np.concatenate(ids) if ids else masked,
+            masked_rows=_NO_ROWS,
+            masked_token_ids=_NO_ROWS,
             min_p=self.min_p[rows] if self._num_min_p else None,
-            processed=self._processed(rows) if self.num_processed else (),
             num_logprobs=self._wanted_logprobs(rows) if self._num_with_logprobs else None,
         )
+
+    def _masked(self, rows: Rows, positions: Rows) -> tuple[Rows, Rows]:
+        """Pairs of (index into `rows`, token) that may not be drawn yet."""
+        masked = np.flatnonzero(positions < self.min_tokens[rows])
+        ids = [self.states[rows[i]].masked_token_ids for i in masked]
+        return (np.repeat(masked, [len(x) for x in ids]), np.concatenate(ids)) if ids else (_NO_ROWS, _NO_ROWS)
 
     def _processed(self, rows: Rows) -> list[ProcessedRow]:
         processed = []
@@ -165,3 +206,7 @@ class InputBatch:
         self.num_with_prompt_logprobs += change * (state.prompt_logprobs is not None)
         self._num_min_p += change * (state.sampling_params.min_p > 0.0)
         self._num_with_logprobs += change * (state.num_logprobs >= 0)
+        self._num_min_tokens += change * (state.sampling_params.min_tokens > 0)
+
+    def _forget_last_step(self) -> None:
+        self._scheduled, self._sampling = [], None

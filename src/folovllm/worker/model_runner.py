@@ -18,6 +18,7 @@ from folovllm.core.sched.output import ModelRunnerOutput, SchedulerOutput
 from folovllm.model_executor.forward_context import ForwardContext
 from folovllm.model_executor.loader import load_model
 from folovllm.model_executor.parallel import SINGLE, TensorParallel
+from folovllm.model_executor.recorded_forward import record_forward
 from folovllm.worker.buffers import StagingBuffer
 from folovllm.worker.connector_step import run_with_connector
 from folovllm.worker.input_batch import CachedRequestState, InputBatch, Rows
@@ -36,8 +37,8 @@ class StepInputs:
     """Indices into `rows` of the requests that end the step with all their tokens computed: these sample."""
     input_ids: torch.Tensor
     positions: torch.Tensor
-    logits_indices: torch.Tensor
-    """Query row of the last token of each request in `samples`."""
+    logits_indices: torch.Tensor | None
+    """Query row of the last token of each request in `samples`; None: every token is one."""
     attn_metadata: AttentionMetadata
 
 
@@ -55,6 +56,7 @@ class ModelRunner:
         num_heads = model_config.get_num_attention_heads(parallel)
         self.backend = backend_class(num_heads, num_kv_heads, head_size, self.block_size, config.batch_invariant)
         self.model = load_model(config, self.backend, tensor_parallel)
+        self.compute = record_forward(self.model, self.backend, tensor_parallel)
         shape = (config.cache_config.num_kv_blocks, 2, num_kv_heads, self.block_size, head_size)
         # Zeros, not empty: masked attention still multiplies what it masks, and must not meet a NaN.
         self.kv_caches = {
@@ -76,10 +78,15 @@ class ModelRunner:
         self._input_ids = buffer(max_tokens, torch.int32)
         self._positions = buffer(max_tokens, torch.int64)
         self._slots = buffer(max_tokens, torch.int64)
+        self._slot_blocks = buffer(max_tokens, torch.int64)
+        self._slot_offsets = buffer(max_tokens, torch.int64)
         self._query_start_loc = buffer(max_reqs + 1, torch.int32)
         self._seq_lens = buffer(max_reqs, torch.int32)
         self._block_tables = buffer(self.input_batch.block_table.size, torch.int32)
-        self._logits_indices = buffer(max_reqs, torch.int64)
+        self._logits_indices = buffer(max_reqs, torch.int32)
+        # 0, 1, 2, ...: where the tokens of requests begin that have one each, and the indices of all requests.
+        self._starts_of_one_each = np.arange(max_reqs + 1, dtype=np.int32)
+        self._everyone = np.arange(max_reqs, dtype=np.int64)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
@@ -136,29 +143,33 @@ class ModelRunner:
         """
         batch, scheduled = self.input_batch, scheduler_output.num_scheduled_tokens
         num_reqs, num_tokens = len(scheduled), scheduler_output.total_num_scheduled_tokens
-        rows = np.fromiter((batch.row_of[req_id] for req_id in scheduled), np.int64, num_reqs)
-        num_scheduled = np.fromiter(scheduled.values(), np.int64, num_reqs)
-        query_start_loc = np.zeros(num_reqs + 1, dtype=np.int32)
-        np.cumsum(num_scheduled, out=query_start_loc[1:])
+        rows = batch.rows_of(scheduled)
         computed = batch.num_computed_tokens[rows]
-        seq_lens = computed + num_scheduled
+        if num_tokens == num_reqs:  # one token each, as in most steps: no need to tell tokens from requests
+            query_start_loc, token_rows, positions = self._starts_of_one_each[: num_reqs + 1], rows, computed
+            seq_lens = computed + 1
+        else:
+            num_scheduled = np.fromiter(scheduled.values(), np.int64, num_reqs)
+            query_start_loc = np.zeros(num_reqs + 1, dtype=np.int32)
+            np.cumsum(num_scheduled, out=query_start_loc[1:])
+            seq_lens = computed + num_scheduled
+            req_index = np.repeat(np.arange(num_reqs), num_scheduled)
+            positions = np.arange(num_tokens) + (computed - query_start_loc[:-1])[req_index]
+            token_rows = rows[req_index]
+        batch.num_computed_tokens[rows] = seq_lens
 
-        req_index = np.repeat(np.arange(num_reqs), num_scheduled)
-        positions = np.arange(num_tokens) + (computed - query_start_loc[:-1])[req_index]
-        token_rows = rows[req_index]
-        slot_blocks = batch.block_table[token_rows, positions // self.block_size]
-        slots = slot_blocks.astype(np.int64) * self.block_size + positions % self.block_size
+        slot_blocks = batch.block_table[token_rows, positions // self.block_size].astype(np.int64)
+        slot_offsets = positions % self.block_size
         max_blocks = -(-int(seq_lens.max()) // self.block_size)
-
-        samples = np.flatnonzero(seq_lens == batch.num_tokens[rows])
-        slot_mapping = self._slots.fill(slots)
+        is_known = seq_lens == batch.num_tokens[rows]
+        samples = self._everyone[:num_reqs] if is_known.all() else np.flatnonzero(is_known)
         metadata = AttentionMetadata(
             query_start_loc=self._query_start_loc.fill(query_start_loc),
             seq_lens=self._seq_lens.fill(seq_lens),
             block_tables=self._block_tables.fill(batch.block_table[rows, :max_blocks]),
-            slot_mapping=slot_mapping,
-            slot_blocks=slot_mapping // self.block_size,
-            slot_offsets=slot_mapping % self.block_size,
+            slot_mapping=self._slots.fill(slot_blocks * self.block_size + slot_offsets),
+            slot_blocks=self._slot_blocks.fill(slot_blocks),
+            slot_offsets=self._slot_offsets.fill(slot_offsets),
             query_start_loc_cpu=query_start_loc,
             seq_lens_cpu=seq_lens.astype(np.int32),
         )
@@ -167,12 +178,14 @@ class ModelRunner:
             samples=samples,
             input_ids=self._input_ids.fill(batch.token_ids[token_rows, positions]),
             positions=self._positions.fill(positions),
-            logits_indices=self._logits_indices.fill(query_start_loc[1:][samples] - 1),
+            logits_indices=(
+                None if len(samples) == num_tokens else self._logits_indices.fill(query_start_loc[1:][samples] - 1)
+            ),
             attn_metadata=replace(metadata, backend_plan=self.backend.plan(metadata)),
         )
 
     def _forward(self, step: StepInputs, context: ForwardContext) -> torch.Tensor:
-        return self.model(step.input_ids, step.positions, context)
+        return self.compute(step.input_ids, step.positions, context)
 
     def _sample(self, step: StepInputs, hidden: torch.Tensor, invalid_block_ids: set[int]) -> ModelRunnerOutput:
         starts = step.attn_metadata.query_start_loc_cpu

@@ -11,6 +11,7 @@ import torch
 
 from folovllm.config import EngineConfig
 from folovllm.core.sched.output import ModelRunnerOutput, NewRequestData
+from folovllm.ops.abstract import Ops
 from folovllm.sample.logits_processor.interface import LogitsState
 from folovllm.sample.logits_processor.structured import GrammarCompiler
 from folovllm.sample.sampler import Sampler
@@ -21,6 +22,8 @@ from folovllm.worker.prompt_logprobs import PromptLogprobs
 
 class LogitsModel(Protocol):
     """What sampling needs of a model."""
+
+    ops: Ops
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[n, hidden_size]` to `[n, vocab_size]`."""
@@ -62,7 +65,7 @@ class SamplingStep:
         rows: Rows,
         query_start_loc: np.ndarray,
         samples: Rows,
-        logits_indices: torch.Tensor,
+        logits_indices: torch.Tensor | None,
         invalid_block_ids: set[int],
     ) -> ModelRunnerOutput:
         """Sample, append the tokens to their rows, and report.
@@ -72,7 +75,7 @@ class SamplingStep:
             rows: `[num_reqs]`, the batch row of each request in the step.
             query_start_loc: `[num_reqs + 1]`, where the tokens of each begin.
             samples: indices into `rows` of the requests that sample.
-            logits_indices: the last token of each of these.
+            logits_indices: the last token of each of these; None: all tokens are.
             invalid_block_ids: rows that hold one of these blocks are not sampled.
         """
         batch = self._batch
@@ -80,17 +83,22 @@ class SamplingStep:
             self._add_prompt_chunks(hidden, rows, query_start_loc)
         if len(samples) == 0:
             return ModelRunnerOutput({})
-        rows = rows[samples]
-        logits = self._model.compute_logits(hidden[logits_indices])
+        if len(samples) < len(rows):
+            rows = rows[samples]
+        if logits_indices is not None:
+            hidden = self._model.ops.take_rows(hidden, logits_indices)
+        logits = self._model.compute_logits(hidden)
         sampler_output = self._sampler(logits, batch.sampling_metadata(rows))
         tokens = sampler_output.sampled_token_ids.cpu().numpy()
-        logprobs = {batch.req_ids[rows[i]]: report for i, report in sampler_output.logprobs.items()}
+        req_ids = batch.req_ids
+        logprobs = {req_ids[rows[i]]: report for i, report in sampler_output.logprobs.items()}
         if invalid_block_ids:
             valid = self._rows_without(rows, invalid_block_ids)
             rows, tokens = rows[valid], tokens[valid]
         batch.append_tokens(rows, tokens)
-        req_ids = [batch.req_ids[row] for row in rows.tolist()]
-        output = ModelRunnerOutput({r: [token] for r, token in zip(req_ids, tokens.tolist(), strict=True)})
+        output = ModelRunnerOutput(
+            {req_ids[row]: [token] for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)}
+        )
         output.logprobs = logprobs
         if batch.num_processed or batch.num_with_prompt_logprobs:
             self._report_ends(output, rows)
@@ -101,7 +109,8 @@ class SamplingStep:
             wanted = self._batch.states[row].prompt_logprobs
             if wanted is not None and not wanted.is_reported:
                 chunk = hidden[int(query_start_loc[index]) : int(query_start_loc[index + 1])]
-                wanted.add_chunk(int(self._batch.num_computed_tokens[row]), chunk, self._model.compute_logits)
+                start = int(self._batch.num_computed_tokens[row]) - len(chunk)
+                wanted.add_chunk(start, chunk, self._model.compute_logits)
 
     def _report_ends(self, output: ModelRunnerOutput, rows: Rows) -> None:
         """Of the prompt, and of the grammar."""

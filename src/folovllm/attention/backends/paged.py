@@ -10,6 +10,7 @@ import torch
 from folovllm._native import PagedAttention
 from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
 from folovllm.dtypes import DTYPE_NAMES
+from folovllm.ops.workspace import Workspace
 
 # The kernels' own limit.
 _MAX_HEAD_SIZE = 512
@@ -40,6 +41,7 @@ class PagedBackend(AttentionBackend):
         self, num_heads: int, num_kv_heads: int, head_size: int, block_size: int, batch_invariant: bool = False
     ) -> None:
         super().__init__(num_heads, num_kv_heads, head_size, block_size, batch_invariant)
+        self.workspace: Workspace = Workspace(torch.device("cpu"))
         self._kernels = {
             dtype: PagedAttention(num_heads, num_kv_heads, head_size, block_size, self.scale, name)
             for dtype, name in DTYPE_NAMES.items()
@@ -64,12 +66,15 @@ class PagedBackend(AttentionBackend):
         )
 
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        """Attend. Rows of `query` may lie apart, as in a fused QKV projection; each row is contiguous."""
+        """Attend, into a buffer that the next call overwrites.
+
+        Rows of `query` may lie apart, as in a fused QKV projection; each row is contiguous.
+        """
         plan: PagedPlan = metadata.backend_plan
         num_tokens, num_heads, head_size = query.shape
         assert query.stride()[1:] == (head_size, 1)
         assert kv_cache.is_contiguous()
-        output = torch.empty((num_tokens, num_heads, head_size), dtype=query.dtype)
+        output = self.workspace.rows("attention", num_tokens, num_heads * head_size, query.dtype)
         self._kernels[query.dtype].forward(
             query.data_ptr(),
             query.stride(0),
@@ -83,4 +88,4 @@ class PagedBackend(AttentionBackend):
             num_heads * head_size,
             self.batch_invariant,
         )
-        return output
+        return output.view(num_tokens, num_heads, head_size)
