@@ -12,16 +12,9 @@ One block of one layer is contiguous, K and V together, so that a store moves it
 A *slot* is a token's place in the pool: slot = block_id * block_size + offset within the block.
 """
 
-import functools
-import importlib.util
-
 import torch
 
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed; asked before its kernels are imported."""
-    return importlib.util.find_spec("triton") is not None
+from folovllm.triton_support import has_triton
 
 
 def write_kv(

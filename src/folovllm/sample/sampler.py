@@ -17,6 +17,7 @@ from folovllm.sample.logits_processor.builtin import AUTHORITIES, OTHERS, mask
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.ops import native
 from folovllm.sample.ops.logprobs import gather_logprobs_by_row
+from folovllm.sample.ops.staging import to_device
 from folovllm.sample.ops.topk_topp import draw
 from folovllm.sample.random import uniforms
 from folovllm.sampling_params import GREEDY_EPSILON
@@ -45,7 +46,7 @@ class Sampler:
         if metadata.num_logprobs is None:
             return SamplerOutput(self.sample(logits, metadata))
         asking = np.flatnonzero(metadata.num_logprobs >= 0)
-        index = torch.from_numpy(asking).to(logits.device)
+        index = to_device(asking, logits.device)
         raw = logits[index]  # a copy
         tokens = self.sample(logits, metadata)
         reports = gather_logprobs_by_row(raw, tokens[index], metadata.num_logprobs[asking])
@@ -66,9 +67,9 @@ class Sampler:
         if len(random) == len(logits):
             return self._draw(logits, metadata, random)
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        greedy = torch.from_numpy(np.flatnonzero(metadata.temperature < GREEDY_EPSILON)).to(logits.device)
+        greedy = to_device(np.flatnonzero(metadata.temperature < GREEDY_EPSILON), logits.device)
         tokens[greedy] = _argmax(logits[greedy])
-        index = torch.from_numpy(random).to(logits.device)
+        index = to_device(random, logits.device)
         tokens[index] = self._draw(logits[index], metadata, random)
         return tokens
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
-from folovllm.attention.ops import has_triton
 from folovllm.dtypes import DTYPE_NAMES
+from folovllm.triton_support import has_triton
 
 if TYPE_CHECKING:
     from folovllm.attention.triton_unified import HeadShape, LaunchPlan

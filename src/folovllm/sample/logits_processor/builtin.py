@@ -11,6 +11,7 @@ import torch
 
 from folovllm.sample.logits_processor.interface import LogitsProcessor, ProcessedRow, TokenIds
 from folovllm.sample.ops.penalties import apply_penalties
+from folovllm.sample.ops.staging import to_device
 
 MASKED = float("-inf")
 
@@ -22,7 +23,7 @@ class AllowedTokenIds(LogitsProcessor):
         """See `LogitsProcessor`."""
         for row in rows:
             if row.state.allowed_token_ids is not None:
-                allowed = torch.from_numpy(row.state.allowed_token_ids).to(logits.device)
+                allowed = to_device(row.state.allowed_token_ids, logits.device)
                 kept = logits[row.index, allowed]
                 logits[row.index].fill_(MASKED)
                 logits[row.index, allowed] = kept
@@ -36,7 +37,7 @@ class Grammars(LogitsProcessor):
         for row in rows:
             matcher = row.state.matcher
             if matcher is not None and (allowed := matcher.allowed_tokens()) is not None:
-                refused = torch.from_numpy(~allowed).to(logits.device)
+                refused = to_device(~allowed, logits.device)
                 logits[row.index].masked_fill_(refused, MASKED)
 
 
@@ -64,8 +65,8 @@ class LogitBias(LogitsProcessor):
         for row in rows:
             state = row.state
             if state.bias is not None and state.bias_token_ids is not None:
-                where = torch.from_numpy(state.bias_token_ids).to(logits.device)
-                logits[row.index, where] += torch.from_numpy(state.bias).to(logits.device)
+                where = to_device(state.bias_token_ids, logits.device)
+                logits[row.index, where] += to_device(state.bias, logits.device)
 
 
 class Penalties(LogitsProcessor):
@@ -87,16 +88,16 @@ OTHERS: tuple[LogitsProcessor, ...] = (BadWords(), LogitBias(), Penalties())
 
 def mask(logits: torch.Tensor, rows: TokenIds, token_ids: TokenIds, gives_way: TokenIds) -> None:
     """Mask the pairs (row, token) in place; in the rows `gives_way` only if something is left to draw then."""
-    where = (torch.from_numpy(rows).to(logits.device), torch.from_numpy(token_ids).to(logits.device))
+    where = (to_device(rows, logits.device), to_device(token_ids, logits.device))
     if len(gives_way) == 0:
         logits[where] = MASKED
         return
     before = logits[where]
     logits[where] = MASKED
     checked = np.unique(gives_way)
-    best = logits[torch.from_numpy(checked).to(logits.device)].amax(dim=-1).cpu().numpy()
+    best = logits[to_device(checked, logits.device)].amax(dim=-1).cpu().numpy()
     for row in checked[best == MASKED]:
-        pairs = torch.from_numpy(np.flatnonzero(rows == row)).to(logits.device)
+        pairs = to_device(np.flatnonzero(rows == row), logits.device)
         logits[int(row), where[1][pairs]] = before[pairs]
 
 

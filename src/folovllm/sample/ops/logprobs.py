@@ -5,6 +5,7 @@ import numpy.typing as npt
 import torch
 
 from folovllm.engine.messages import LogprobsLists
+from folovllm.sample.ops.staging import to_device
 
 
 def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int) -> LogprobsLists:
@@ -31,7 +32,7 @@ def gather_logprobs_by_row(
     reports: dict[int, LogprobsLists] = {}
     for number in np.unique(num_logprobs).tolist():
         rows = np.flatnonzero(num_logprobs == number)
-        index = torch.from_numpy(rows).to(logits.device)
+        index = to_device(rows, logits.device)
         report = gather_logprobs(logits[index], token_ids[index], number)
         for i, row in enumerate(rows.tolist()):
             reports[row] = LogprobsLists(

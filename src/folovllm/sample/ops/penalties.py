@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from folovllm.sample.ops.staging import to_device
+
 _FIRST_CAPACITY = 64
 
 
@@ -85,8 +87,8 @@ def apply_penalties(
     number = np.concatenate([c.counts for c in counts])
     repetition, frequency, presence = np.repeat(penalties, lengths, axis=0).T
     device = logits.device
-    where = (torch.from_numpy(row_index).to(device), torch.from_numpy(token_ids).to(device))
-    scale = torch.from_numpy(repetition.copy()).to(device)
-    minus = torch.from_numpy(frequency * number + presence * (number > 0)).to(device)
+    where = (to_device(row_index, device), to_device(token_ids, device))
+    scale = to_device(repetition.copy(), device)
+    minus = to_device(frequency * number + presence * (number > 0), device)
     values = logits[where]
     logits[where] = torch.where(values > 0, values / scale, values * scale) - minus

@@ -4,7 +4,7 @@ The vocabulary is never sorted, and no noise is drawn over it: the token is foun
 distribution, over tokens by falling logit if top-k or top-p restricts the row, else by id. How a row is treated follows
 from its own options and logits only, never from its neighbours. On a CPU a native kernel draws. The torch code here
 serves other devices: it gives the same tokens, but for rounding and for a nucleus wider than FIRST_NUCLEUS, from which
-it draws by rejection.
+it draws by rejection, or with Triton by id (`triton_nucleus`).
 Mirrors vllm/v1/sample/ops/topk_topp_sampler.py.
 """
 
@@ -14,6 +14,8 @@ import torch
 
 from folovllm.sample.ops import native
 from folovllm.sample.ops.nucleus import draw_nucleus
+from folovllm.sample.ops.staging import to_device
+from folovllm.triton_support import has_triton
 
 SMALLEST_BUCKET = 8
 FIRST_NUCLEUS = 64
@@ -57,23 +59,23 @@ def draw_with_torch(
 ) -> torch.Tensor:
     """As `draw`, on any device."""
     if temperature is not None:
-        logits = logits / torch.from_numpy(temperature).to(logits.device)[:, None]
+        logits = logits / to_device(temperature, logits.device)[:, None]
     if min_p is not None and (min_p > 0.0).any():
-        share = torch.from_numpy(min_p).to(logits.device)[:, None]
+        share = to_device(min_p, logits.device)[:, None]
         logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + share.log(), float("-inf"))
     vocab_size = logits.shape[1]
     top_k = np.where((top_k <= 0) | (top_k >= vocab_size), 0, top_k)
     tokens = torch.empty(len(top_k), dtype=torch.int64, device=logits.device)
 
     def each(rows: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        index, p, u = (torch.from_numpy(a).to(logits.device) for a in (rows, top_p[rows], uniform[rows]))
+        index, p, u = (to_device(a, logits.device) for a in (rows, top_p[rows], uniform[rows]))
         return index, logits if len(rows) == len(top_k) else logits[index], p, u
 
     buckets = _buckets(top_k, vocab_size)
     for width in np.unique(buckets[top_k > 0]):
         rows = np.flatnonzero((buckets == width) & (top_k > 0))
         index, chosen, p, u = each(rows)
-        tokens[index] = _draw_top_k(chosen, int(width), torch.from_numpy(top_k[rows]).to(logits.device), p, u)
+        tokens[index] = _draw_top_k(chosen, int(width), to_device(top_k[rows], logits.device), p, u)
     nucleus = np.flatnonzero((top_k == 0) & (top_p < 1.0))
     if len(nucleus):
         index, chosen, p, u = each(nucleus)
@@ -106,6 +108,11 @@ def _draw_top_p(logits: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor
     values, token_ids = logits.topk(width, dim=-1)
     probs = torch.exp(values - torch.logsumexp(logits, dim=-1, keepdim=True))
     tokens = _take(token_ids, _invert(_nucleus(probs, top_p), uniform))
+    if logits.is_cuda and has_triton():
+        from folovllm.sample.ops.triton_nucleus import draw_wide
+
+        draw_wide(logits, probs.sum(dim=-1) < top_p, top_p, uniform, tokens)
+        return tokens
     wider = torch.nonzero(probs.sum(dim=-1) < top_p).squeeze(1)
     if len(wider):
         tokens[wider] = draw_nucleus(
