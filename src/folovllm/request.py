@@ -144,7 +144,7 @@ class Request:
     @property
     def is_finished(self) -> bool:
         """Whether it has ended."""
-        return self.status.is_finished
+        return self.status >= RequestStatus.FINISHED_STOPPED
 
     @property
     def skip_reading_prefix_cache(self) -> bool:
@@ -159,7 +159,8 @@ class Request:
     def append_output_token_ids(self, token_ids: Sequence[int]) -> None:
         """Add generated tokens and hash the blocks they fill."""
         self._all_token_ids.extend(token_ids)
-        self._extend_block_hashes()
+        if self._block_hash_fn is not None:
+            self._extend_block_hashes()
 
     def note_cached_tokens(self, num_cached_tokens: int, num_external_tokens: int) -> None:
         """Record at first scheduling what need not be computed; later calls (after a preemption) change nothing."""
@@ -180,8 +181,9 @@ class Request:
 
         Order: end of sequence, stop tokens, the grammar's end, length. Stop strings are the detokeniser's.
         """
-        params, last = self.sampling_params, self._all_token_ids[-1]
-        may_stop = self.num_output_tokens >= params.min_tokens
+        params, last, num_tokens = self.sampling_params, self._all_token_ids[-1], len(self._all_token_ids)
+        num_output_tokens = num_tokens - self.num_prompt_tokens
+        may_stop = num_output_tokens >= params.min_tokens
         if may_stop and last in self.eos_token_ids and not params.ignore_eos:
             self.status = RequestStatus.FINISHED_STOPPED
         elif may_stop and last in params.stop_token_ids:
@@ -190,9 +192,11 @@ class Request:
         elif grammar_end is not None:
             is_error = grammar_end == "error"
             self.status = RequestStatus.FINISHED_ERROR if is_error else RequestStatus.FINISHED_STOPPED
-        elif self.num_tokens >= max_model_len or self.num_output_tokens == params.max_tokens:
+        elif num_tokens >= max_model_len or num_output_tokens == params.max_tokens:
             self.status = RequestStatus.FINISHED_LENGTH_CAPPED
-        return self.is_finished
+        else:
+            return False
+        return True
 
     def _extend_block_hashes(self) -> None:
         if self._block_hash_fn is not None:

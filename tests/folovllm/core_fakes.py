@@ -87,6 +87,7 @@ def make_scheduler(
 class Row:
     tokens: list[int]
     block_ids: list[int]
+    num_computed: int
 
 
 class FakeRunner:
@@ -97,6 +98,8 @@ class FakeRunner:
         self.slots: dict[int, bytes] = {}
         self.rows: dict[str, Row] = {}
         self.connector = connector
+        self._spans: dict[str, tuple[int, int]] = {}
+        """Request id -> the positions that the step computes."""
         self.num_computed = 0
         """Tokens, over all steps."""
 
@@ -107,14 +110,14 @@ class FakeRunner:
         report = self.connector.run_step(self, output) if self.connector is not None else None
         invalid = report.invalid_block_ids if report is not None else set()
         # As in a layer of the model: all slots of the step are written, then the rows attend.
-        for request_id, start, end in self._spans(output):
+        for request_id, (start, end) in self._spans.items():
             row = self.rows[request_id]
             assert end <= len(row.tokens) or may_be_wrong, f"{request_id}: a token that nobody knows"
             written = contents(row.tokens[:end])[start:]
             for position, content in enumerate(written, start):
                 self.slots[self._slot(row, position)] = content
         sampled = {}
-        for request_id, start, end in self._spans(output):
+        for request_id, (start, end) in self._spans.items():
             row = self.rows[request_id]
             wrong = self._first_wrong_position(row, end)
             # Behind a load that failed in this very step anything may stand: the scheduler has yet to be told.
@@ -131,23 +134,24 @@ class FakeRunner:
     def _update_rows(self, output: SchedulerOutput) -> None:
         for request_id in output.finished_req_ids | output.preempted_req_ids:
             self.rows.pop(request_id, None)
-        self._starts = {}
         for new in output.scheduled_new_reqs:
             assert new.req_id not in self.rows, "announced as new twice"
-            self.rows[new.req_id] = Row(list(new.prompt_token_ids), list(new.block_ids))
-            self._starts[new.req_id] = new.num_computed_tokens
+            self.rows[new.req_id] = Row(list(new.prompt_token_ids), list(new.block_ids), new.num_computed_tokens)
         for cached in output.scheduled_cached_reqs:
             if cached.resumed_from_preemption:
                 assert cached.req_id not in self.rows, "resumed without having been preempted"
-                self.rows[cached.req_id] = Row(list(cached.all_token_ids or ()), list(cached.block_ids))
+                tokens, block_ids = list(cached.all_token_ids or ()), list(cached.block_ids)
+                self.rows[cached.req_id] = Row(tokens, block_ids, cached.num_computed_tokens)
             else:
-                self.rows[cached.req_id].block_ids += cached.block_ids
-            self._starts[cached.req_id] = cached.num_computed_tokens
-
-    def _spans(self, output: SchedulerOutput) -> Iterable[tuple[str, int, int]]:
+                assert cached.block_ids, "no news"
+                row = self.rows[cached.req_id]
+                row.block_ids += cached.block_ids
+                assert row.num_computed == cached.num_computed_tokens, "it goes on where it was"
+        self._spans = {}
         for request_id, num_tokens in output.num_scheduled_tokens.items():
-            start = self._starts[request_id]
-            yield request_id, start, start + num_tokens
+            row = self.rows[request_id]
+            self._spans[request_id] = row.num_computed, row.num_computed + num_tokens
+            row.num_computed += num_tokens
 
     def _slot(self, row: Row, position: int) -> int:
         return row.block_ids[position // self.block_size] * self.block_size + position % self.block_size

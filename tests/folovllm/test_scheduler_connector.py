@@ -126,8 +126,8 @@ def test_failed_load_is_recomputed_from_the_first_bad_block(is_async: bool, bad_
     for _ in range(20):
         output = scheduler.schedule()
         if "a" in output.num_scheduled_tokens:
-            data = [*output.scheduled_new_reqs, *output.scheduled_cached_reqs][0]
-            computed_from.append(data.num_computed_tokens)
+            news = [*output.scheduled_new_reqs, *output.scheduled_cached_reqs]
+            computed_from += [data.num_computed_tokens for data in news]
         for emitted in scheduler.update_from_output(output, runner.execute_model(output)):
             tokens += emitted.new_token_ids
             assert emitted.num_cached_tokens == emitted.num_external_cached_tokens == bad_block * 4

@@ -51,6 +51,8 @@ class KVCacheManager:
             enable_caching=enable_caching,
             enable_kv_cache_events=enable_kv_cache_events,
         )
+        self.capacity_tokens = self.block_pool.num_usable_blocks * block_size
+        """Tokens that one request can hold when it has the pool to itself."""
         self._req_to_blocks: dict[str, list[KVCacheBlock]] = {}
         # Leading blocks of the table that are hashed.
         self._num_cached_blocks: dict[str, int] = {}
@@ -59,11 +61,6 @@ class KVCacheManager:
     def usage(self) -> float:
         """Share of the pool in use, 0 to 1."""
         return self.block_pool.get_usage()
-
-    @property
-    def capacity_tokens(self) -> int:
-        """Tokens that one request can hold when it has the pool to itself."""
-        return self.block_pool.num_usable_blocks * self.block_size
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int]:
         """The longest run of the request's full blocks that the pool holds, and its tokens; takes no reference.
@@ -130,8 +127,7 @@ class KVCacheManager:
 
         That is so for most tokens of a running request, and answered in a quarter of the time of `allocate_slots`.
         """
-        num_computed = request.num_computed_tokens
-        return num_computed % self.block_size > 0 and num_computed % self.block_size + num_new_tokens < self.block_size
+        return 0 < request.num_computed_tokens % self.block_size < self.block_size - num_new_tokens
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Offer the request's full blocks within its first `num_computed_tokens` for reuse."""

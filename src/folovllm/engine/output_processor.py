@@ -71,15 +71,16 @@ class RequestState:
         if self.num_output_tokens == 0:
             self.num_cached_tokens = output.num_cached_tokens
             self.num_external_cached_tokens = output.num_external_cached_tokens
+            self.metrics.scheduled_time = output.scheduled_time or None
         if output.new_prompt_logprobs is not None:
             self.prompt_logprobs = [None, *to_position_logprobs(output.new_prompt_logprobs, self._tokenizer)]
         self.num_preemptions = output.num_preemptions
-        self.metrics.scheduled_time = output.scheduled_time or None
         delta = self._detokenize(output)
         self.num_output_tokens += len(delta.token_ids)
         if self._mailbox is None:
-            self._mailbox = RequestDelta()
-        self._mailbox.merge(delta)
+            self._mailbox = delta
+        else:
+            self._mailbox.merge(delta)
         self.finished = delta.finish_reason is not None
         self.on_ready()
         return delta

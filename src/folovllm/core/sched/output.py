@@ -42,7 +42,7 @@ class NewRequestData:
 
 @dataclass(frozen=True, slots=True)
 class CachedRequestData:
-    """A request the runner already holds a row for.
+    """News of a request that the runner knows: it got blocks, or comes back.
 
     `resumed_from_preemption`: `block_ids` replaces the row's block table; otherwise it is appended.
     """
@@ -72,6 +72,7 @@ class SchedulerOutput:
 
     scheduled_new_reqs: list[NewRequestData]
     scheduled_cached_reqs: list[CachedRequestData]
+    """Of the known requests of the step, those with news; the others go on in the blocks they have."""
     num_scheduled_tokens: dict[str, int]
     """Request id -> tokens to compute in this step; the token budget is shared by prefills and decodes."""
     total_num_scheduled_tokens: int

@@ -19,13 +19,15 @@ def schedule_running(state: SchedulerState, step: StepBuilder) -> None:
         request = state.running[index]
         num_new_tokens = _num_wanted_tokens(state, request, step.token_budget)
         if num_new_tokens:
-            new_block_ids: list[int] = []
+            news = None
             if not state.manager.has_slots(request, num_new_tokens):
                 new_blocks = _allocate_or_preempt(state, request, num_new_tokens, step)
                 if new_blocks is None:
                     return
-                (new_block_ids,) = new_blocks.get_block_ids()
-            step.add(request, num_new_tokens, CachedRequestData.from_request(request, new_block_ids, resumed=False))
+                if new_blocks.blocks:
+                    (block_ids,) = new_blocks.get_block_ids()
+                    news = CachedRequestData.from_request(request, block_ids, resumed=False)
+            step.add(request, num_new_tokens, news)
         index += 1
 
 
@@ -52,6 +54,8 @@ def _num_wanted_tokens(state: SchedulerState, request: Request, token_budget: in
     if request.num_output_placeholders and _ends_with_next_token(state, request):
         return 0
     num_tokens = request.num_tokens_with_placeholders - request.num_computed_tokens
+    if num_tokens == 1:
+        return 1  # a decode, as most are
     assert num_tokens > 0, f"{request.request_id} runs with nothing to compute"
     return min(num_tokens, token_budget, state.config.long_prefill_token_threshold or num_tokens)
 

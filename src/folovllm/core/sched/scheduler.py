@@ -72,6 +72,8 @@ class Scheduler:
             enable_caching=cache_config.enable_prefix_caching,
             enable_kv_cache_events=enable_kv_cache_events,
         )
+        self.capacity_tokens = self.kv_cache_manager.capacity_tokens
+        """The longest request, prompt and output, that the block pool can ever hold."""
         self.connector = connector
         self.transfers = KVTransfers(connector, self.kv_cache_manager, kv_load_failure_policy)
         waiting = create_request_queue(scheduler_config.policy)
@@ -129,11 +131,6 @@ class Scheduler:
         return self._state.leaving
 
     @property
-    def capacity_tokens(self) -> int:
-        """The longest request, prompt and output, that the block pool can ever hold."""
-        return self.kv_cache_manager.capacity_tokens
-
-    @property
     def has_unfinished_requests(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self._state.requests)
@@ -183,12 +180,13 @@ class Scheduler:
         worthless = self._reports.take(runner_output.kv_connector_output)
         self._count_prefix_hits(scheduler_output)
         outputs, state.pending_outputs = state.pending_outputs, []
+        sampled = runner_output.sampled_token_ids
         for request in sampling:
             if request.is_finished or request.request_id in worthless:
                 continue  # it ended before this step was in; or it was computed from a load that failed
-            self._append_token(request, runner_output)
-            (token_id,) = runner_output.sampled_token_ids[request.request_id]
-            outputs.append(make_output(request, [token_id], runner_output))
+            new_token_ids = sampled[request.request_id]
+            self._append_tokens(request, new_token_ids, runner_output)
+            outputs.append(make_output(request, new_token_ids, runner_output))
         state.release_leaving()
         if not state.requests and not state.leaving and not self.transfers.held_request_ids:
             assert self.kv_cache_manager.usage == 0, "blocks leaked"
@@ -208,19 +206,19 @@ class Scheduler:
         step.land()
         return step.sampling
 
-    def _append_token(self, request: Request, runner_output: ModelRunnerOutput) -> None:
-        state, request_id = self._state, request.request_id
-        request.append_output_token_ids(runner_output.sampled_token_ids[request_id])
+    def _append_tokens(self, request: Request, token_ids: list[int], runner_output: ModelRunnerOutput) -> None:
+        state, request_id, ends = self._state, request.request_id, runner_output.grammar_ends
+        request.append_output_token_ids(token_ids)
         request.num_output_placeholders -= 1
-        if request.check_stop(self.max_model_len, runner_output.grammar_ends.get(request_id)):
+        if request.check_stop(self.max_model_len, ends.get(request_id) if ends else None):
             state.finish(request, request.status)
-        elif request.num_tokens > self.capacity_tokens:
+        elif (num_tokens := request.num_tokens) > self.capacity_tokens:
             # Even alone it would be preempted for ever. A max_model_len within the capacity rules this out.
             state.log_failure(request, "it outgrew the block pool")
             state.finish(request, RequestStatus.FINISHED_ERROR)
-        elif request.num_computed_tokens >= request.num_tokens:
+        elif request.num_computed_tokens >= num_tokens:
             # A step in flight computes this token already; when it was scheduled the block had no hash yet.
-            self.kv_cache_manager.cache_blocks(request, request.num_tokens)
+            self.kv_cache_manager.cache_blocks(request, num_tokens)
 
     def _count_prefix_hits(self, scheduler_output: SchedulerOutput) -> None:
         """Count the hits of who was new in this step, once it is known which of its loads failed."""

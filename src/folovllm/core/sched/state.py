@@ -108,6 +108,10 @@ def make_output(
     request: Request, new_token_ids: list[int] | None = None, runner_output: ModelRunnerOutput | None = None
 ) -> EngineCoreOutput:
     """What the front end hears of a request; `runner_output`: of the step that sampled `new_token_ids`."""
+    logprobs = prompt_logprobs = None
+    if runner_output is not None and (runner_output.logprobs or runner_output.prompt_logprobs):
+        logprobs = runner_output.logprobs.get(request.request_id)
+        prompt_logprobs = runner_output.prompt_logprobs.get(request.request_id)
     return EngineCoreOutput(
         request_id=request.request_id,
         new_token_ids=new_token_ids or [],
@@ -117,6 +121,6 @@ def make_output(
         num_external_cached_tokens=request.num_external_cached_tokens,
         scheduled_time=request.scheduled_time,
         num_preemptions=request.num_preemptions,
-        new_logprobs=runner_output.logprobs.get(request.request_id) if runner_output else None,
-        new_prompt_logprobs=runner_output.prompt_logprobs.get(request.request_id) if runner_output else None,
+        new_logprobs=logprobs,
+        new_prompt_logprobs=prompt_logprobs,
     )

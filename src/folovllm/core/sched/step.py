@@ -22,12 +22,12 @@ class StepBuilder:
     is_short_of_room: bool = False
     """A running request found no block: nobody is admitted in this step."""
 
-    def add(self, request: Request, num_tokens: int, data: NewRequestData | CachedRequestData) -> None:
+    def add(self, request: Request, num_tokens: int, news: NewRequestData | CachedRequestData | None = None) -> None:
         """Compute the request's next `num_tokens` tokens, of which there are so many in the budget."""
-        if isinstance(data, CachedRequestData):
-            self.cached.append(data)
-        else:
-            self.new.append(data)
+        if isinstance(news, CachedRequestData):
+            self.cached.append(news)
+        elif news is not None:
+            self.new.append(news)
         self.requests.append(request)
         self.num_scheduled_tokens[request.request_id] = num_tokens
         self.token_budget -= num_tokens
@@ -57,8 +57,8 @@ class StepInFlight:
     def launch(cls, output: SchedulerOutput, requests: list[Request]) -> "StepInFlight":
         """Count the step's tokens as computed from here on, and the tokens it will sample as on their way."""
         sampling = []
-        for request in requests:
-            request.num_computed_tokens += output.num_scheduled_tokens[request.request_id]
+        for request, num_tokens in zip(requests, output.num_scheduled_tokens.values(), strict=True):
+            request.num_computed_tokens += num_tokens
             request.num_steps_in_flight += 1
             if request.num_computed_tokens == request.num_tokens_with_placeholders:
                 request.num_output_placeholders += 1
