@@ -20,7 +20,7 @@ constexpr std::int64_t kPiecesPerThread = 8;
 // Below this a piece costs less than waking a thread for it.
 constexpr std::int64_t kMinPieceBytes = 32 << 10;
 // Activations per piece, which stay in a second level cache while its weights pass; but rows enough for the weights.
-constexpr std::int64_t kActivationBytes = 768 << 10;
+constexpr std::int64_t kActivationBytes = 1280 << 10;
 constexpr std::int64_t kMinRows = 64;
 // Rows and panels that kernels take together.
 constexpr std::int64_t kRowStep = 32;
@@ -47,8 +47,10 @@ std::byte* scratch(std::int64_t num_bytes) {
 
 std::int64_t rows_per_piece(const Gemm& gemm, const GemmKernel& kernel) {
   const std::int64_t row_bytes = gemm.in_features * static_cast<std::int64_t>(size_of(gemm.dtype));
-  const std::int64_t rows = kActivationBytes / row_bytes / kRowStep * kRowStep;
-  return std::min(std::max(rows, kMinRows), kernel.rows_per_piece);
+  const std::int64_t most = std::min(std::max(kActivationBytes / row_bytes, kMinRows), kernel.rows_per_piece);
+  // Pieces of one size, rounded up to the kernels' step.
+  const std::int64_t num_pieces = (gemm.num_rows + most - 1) / most;
+  return ((gemm.num_rows + num_pieces - 1) / num_pieces + kRowStep - 1) / kRowStep * kRowStep;
 }
 
 std::int64_t panels_per_piece(const Gemm& gemm, std::int64_t num_panels, std::int64_t num_row_pieces) {
