@@ -9,7 +9,7 @@ class StagingBuffer:
     """A host array of fixed capacity and its copy on the device, allocated once.
 
     On a CPU both are the same memory. On CUDA the host side is pinned and the copy asynchronous: the host may write
-    again only after a later synchronisation, which every step's end (reading the sampled tokens) is.
+    again only when the copies are done (`CopyFence`).
     """
 
     def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -19,6 +19,7 @@ from folovllm.model_executor.forward_context import ForwardContext
 from folovllm.model_executor.loader import load_model
 from folovllm.model_executor.parallel import SINGLE, TensorParallel
 from folovllm.model_executor.recorded_forward import record_forward
+from folovllm.worker.async_copy import CopyFence
 from folovllm.worker.buffers import StagingBuffer
 from folovllm.worker.connector_step import run_with_connector
 from folovllm.worker.input_batch import CachedRequestState, InputBatch, Rows
@@ -75,6 +76,7 @@ class ModelRunner:
         def buffer(capacity: int, dtype: torch.dtype) -> StagingBuffer:
             return StagingBuffer(capacity, dtype, self.device)
 
+        self._fence = CopyFence(self.device)
         self._input_ids = buffer(max_tokens, torch.int32)
         self._positions = buffer(max_tokens, torch.int64)
         self._slots = buffer(max_tokens, torch.int64)
@@ -141,6 +143,7 @@ class ModelRunner:
             req_index       [ 0  0 | 1 | 2  2  2 ]
             positions       [ 5  6 | 9 | 0  1  2 ]
         """
+        self._fence.wait()
         batch, scheduled = self.input_batch, scheduler_output.num_scheduled_tokens
         num_reqs, num_tokens = len(scheduled), scheduler_output.total_num_scheduled_tokens
         rows = batch.rows_of(scheduled)
@@ -185,6 +188,7 @@ class ModelRunner:
         )
 
     def _forward(self, step: StepInputs, context: ForwardContext) -> torch.Tensor:
+        self._fence.copies_given()
         return self.compute(step.input_ids, step.positions, context)
 
     def _sample(self, step: StepInputs, hidden: torch.Tensor, invalid_block_ids: set[int]) -> ModelRunnerOutput:

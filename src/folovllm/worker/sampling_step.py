@@ -16,6 +16,7 @@ from folovllm.sample.logits_processor.interface import LogitsState
 from folovllm.sample.logits_processor.structured import GrammarCompiler
 from folovllm.sample.sampler import Sampler
 from folovllm.transformers_utils.tokenizer import Tokenizer
+from folovllm.worker.async_copy import TokenReadback
 from folovllm.worker.input_batch import CachedRequestState, InputBatch, Rows
 from folovllm.worker.prompt_logprobs import PromptLogprobs
 
@@ -37,6 +38,7 @@ class SamplingStep:
         self._batch = batch
         self._vocab_size = config.model_config.get_vocab_size()
         self._sampler = Sampler()
+        self._readback = TokenReadback(config.scheduler_config.max_num_seqs, config.device)
         self._seed_stream = np.random.default_rng(config.model_config.seed)
         directory = Path(config.model_config.model)
         self._grammars = GrammarCompiler(lambda: Tokenizer.from_checkpoint(directory).backend, self._vocab_size)
@@ -89,9 +91,10 @@ class SamplingStep:
             hidden = self._model.ops.take_rows(hidden, logits_indices)
         logits = self._model.compute_logits(hidden)
         sampler_output = self._sampler(logits, batch.sampling_metadata(rows))
-        tokens = sampler_output.sampled_token_ids.cpu().numpy()
+        self._readback.start(sampler_output.sampled_token_ids)
         req_ids = batch.req_ids
         logprobs = {req_ids[rows[i]]: report for i, report in sampler_output.logprobs.items()}
+        tokens = self._readback.wait()
         if invalid_block_ids:
             valid = self._rows_without(rows, invalid_block_ids)
             rows, tokens = rows[valid], tokens[valid]
