@@ -35,7 +35,6 @@ SHAPES = {
     "gqa2": Heads(4, 2, 16, 16),
     "gqa3, odd head size": Heads(6, 2, 24, 8),
     "mqa8": Heads(8, 1, 32, 16),
-    "mha": Heads(2, 2, 64, 8),
 }
 
 
