@@ -70,7 +70,7 @@ def test_a_captured_launch_serves_other_lengths(num_reqs):
         pytest.skip("Triton is not installed")
     backend = made(chosen, heads)
     steps = [
-        make_step([(1, 1 + (i + 1) * factor % 1500) for i in range(num_reqs)], heads, torch.bfloat16, "cuda", 0.0)
+        make_step([(1, 1 + (i + 1) * factor % 1500) for i in range(num_reqs)], heads, torch.bfloat16, "cuda", stale=0.0)
         for factor in (3999, 17, 251)
     ]
     static = widest(steps)
