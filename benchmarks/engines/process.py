@@ -44,7 +44,11 @@ class EngineProcess:
         self._ask({"reset": True})
 
     def resident_bytes(self) -> int:
-        """Resident memory of the process and its children; what is shared counts once."""
+        """Resident memory of the process and its children, with a full KV pool; what is shared counts once.
+
+        What the pool held is lost.
+        """
+        self._ask({"touch": True})
         return sum(_resident(pid) for pid in _family(self._process.pid))
 
     def close(self) -> None:

@@ -6,6 +6,8 @@
     <- {"seconds": 1.25, "num_output_tokens": 128}
     -> {"reset": true}
     <- {"reset": true}
+    -> {"touch": true}      all of the KV pool becomes resident, for engines that take its memory block by block
+    <- {"touch": true}
 
 It imports nothing of the other files here: it also runs under the interpreter of the engine it is compared with.
 """
@@ -74,6 +76,12 @@ def generate(engine: str, llm: Any, prompts: list[list[int]], max_tokens: int | 
     return {"seconds": taken, "num_output_tokens": sum(len(output.outputs[0].token_ids) for output in outputs)}
 
 
+def touch_pool(engine: str, llm: Any) -> None:
+    if engine == "folovllm":
+        for cache in llm.llm_engine._client._core.executor.worker.model_runner.kv_caches.values():
+            cache.zero_()
+
+
 def main() -> None:
     engine, model, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -84,6 +92,9 @@ def main() -> None:
         request = json.loads(line)
         if "reset" in request:
             answers.write(json.dumps({"reset": bool(llm.reset_prefix_cache())}) + "\n")
+        elif "touch" in request:
+            touch_pool(engine, llm)
+            answers.write(json.dumps({"touch": True}) + "\n")
         else:
             answers.write(json.dumps(generate(engine, llm, request["prompts"], request["max_tokens"])) + "\n")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from folovllm import _native
 from folovllm.attention.backends.abstract import AttentionBackend
@@ -86,17 +86,23 @@ class RecordedForward:
         return sum(workspace.generation for workspace in self._workspaces)
 
 
-class _TorchWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base has no annotations
-    """Notes whether torch computed anything, which a recording of native kernels would miss."""
+# Of torch's functions, these look at a tensor or show it in another shape; properties do no more either.
+_LOOKS = {"__get__", "__len__", "data_ptr", "dim", "is_contiguous", "numel", "size", "stride", "view"}
+
+
+class _TorchWatch(TorchFunctionMode):
+    """Notes whether torch was asked to compute anything, which a recording of native kernels would miss."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.computed: str | None = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let everything pass; what merely looks at a tensor in another way is no computation."""
-        if not func.is_view:
-            self.computed = str(func)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let everything pass."""
+        name = getattr(func, "__name__", repr(func))
+        is_slice = name == "__getitem__" and isinstance(args[1], slice)
+        if name not in _LOOKS and not is_slice:
+            self.computed = name
         return func(*args, **(kwargs or {}))
 
 

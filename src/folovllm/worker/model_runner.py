@@ -19,6 +19,7 @@ from folovllm.model_executor.forward_context import ForwardContext
 from folovllm.model_executor.loader import load_model
 from folovllm.model_executor.parallel import SINGLE, TensorParallel
 from folovllm.model_executor.recorded_forward import record_forward
+from folovllm.worker import kv_memory
 from folovllm.worker.async_copy import CopyFence
 from folovllm.worker.buffers import StagingBuffer
 from folovllm.worker.connector_step import run_with_connector
@@ -61,9 +62,11 @@ class ModelRunner:
         shape = (config.cache_config.num_kv_blocks, 2, num_kv_heads, self.block_size, head_size)
         # Zeros, not empty: masked attention still multiplies what it masks, and must not meet a NaN.
         self.kv_caches = {
-            layer.layer_name: torch.zeros(shape, dtype=model_config.dtype, device=self.device)
+            layer.layer_name: kv_memory.zeros(shape, model_config.dtype, self.device)
             for layer in self.model.attention_layers()
         }
+        if self.device.type == "cpu":
+            kv_memory.warn_if_scarce(sum(cache.nbytes for cache in self.kv_caches.values()))
         self.connector: KVConnector | None = None
         self.requests: dict[str, CachedRequestState] = {}
         limits = config.scheduler_config
