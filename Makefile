@@ -4,6 +4,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Benchmarks without it are short as they are.
+BENCH_FLAGS ?= --short
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt
 
 .PHONY: help install demo serve test test-native lint format bench graph clean
@@ -41,8 +43,11 @@ format: $(INSTALLED) ## Format the Python sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Run the benchmarks; figures as JSON lines
-	@for file in $(filter-out benchmarks/bench_environment.py,$(wildcard benchmarks/bench_*.py)); do echo "# $$file" >&2; $(BIN)/python $$file || exit 1; done
+bench: $(INSTALLED) ## Run a short form of every benchmark; figures as JSON (installs vLLM to compare with, BENCH_FLAGS= for the full forms)
+	@for file in $(filter-out benchmarks/bench_environment.py,$(wildcard benchmarks/bench_*.py)); do \
+		echo "# $$file" >&2; \
+		$(BIN)/python $$file $$(grep -q -e '"--short"' $$file && echo '$(BENCH_FLAGS)') || exit 1; \
+	done
 
 graph: $(INSTALLED) ## Redraw the import graph in docs/architecture.md
 	$(BIN)/python tools/import_graph.py
