@@ -154,7 +154,7 @@ class Request:
     @property
     def finish_reason(self) -> FinishReason | None:
         """Why it ended; None while it has not."""
-        return _FINISH_REASONS.get(self.status)
+        return _FINISH_REASONS[self.status] if self.status >= RequestStatus.FINISHED_STOPPED else None
 
     def append_output_token_ids(self, token_ids: Sequence[int]) -> None:
         """Add generated tokens and hash the blocks they fill."""

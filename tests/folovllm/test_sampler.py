@@ -145,6 +145,18 @@ def test_greedy_takes_the_most_likely_even_among_sampling_rows():
     assert torch.equal(tokens[::2], logits[::2].argmax(dim=-1))
 
 
+@pytest.mark.parametrize("vocab_size", [7, 5000])
+def test_a_greedy_row_takes_the_first_of_equals_alone_and_among_sampling_rows(vocab_size):
+    logits = torch.randint(-3, 3, (12, vocab_size), generator=torch.Generator().manual_seed(0)).float()
+    logits[0] = float("-inf")
+    logits[2, 3] = float("inf")
+    options = {"top_k": [0, 5] * 6, "top_p": [0.3, 0.9] * 6}
+    mixed = Sampler().sample(logits.clone(), metadata_of(12, temperature=[0.0, 1.0] * 6, **options))
+    alone = Sampler().sample(logits[::2].clone(), metadata_of(6, temperature=0.0))
+    assert torch.equal(mixed[::2], alone)
+    assert torch.equal(alone, logits[::2].argmax(dim=-1))
+
+
 def test_masked_tokens_are_never_drawn_neither_greedy_nor_sampled():
     logits = torch.zeros(40, 4)
     logits[:, 2] = 10.0

@@ -1,6 +1,7 @@
 """What the front end and the engine core say to each other. Mirrors vllm/v1/engine/__init__.py.
 
-Both directions are msgpack of one tagged union each, over a ZMQ ipc socket, or passed as objects in process.
+Both directions are msgpack of one tagged union each, over a ZMQ ipc socket, or passed as objects in process. What there
+is one of per request and step (`gc=False`) is not tracked by the garbage collector: it is never part of a cycle.
 """
 
 from typing import Literal
@@ -49,7 +50,7 @@ class ShutdownCore(msgspec.Struct, frozen=True, tag="shutdown", array_like=True)
     """Front end -> core: finish nothing more, release everything, exit."""
 
 
-class LogprobsLists(msgspec.Struct, frozen=True, array_like=True):
+class LogprobsLists(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probabilities at consecutive positions, before any sampling option is applied.
 
     Per position: first the token that stands there, then the most likely ones in falling order (it may be among them).
@@ -61,7 +62,7 @@ class LogprobsLists(msgspec.Struct, frozen=True, array_like=True):
     """Of the token that stands there: how many tokens are at least as likely as it, itself included; from 1."""
 
 
-class EngineCoreOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class EngineCoreOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """What one step produced for one request."""
 
     request_id: str

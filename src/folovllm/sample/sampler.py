@@ -6,7 +6,7 @@ raw logits -> fp32 -> allowed ids, grammar -> min_tokens -> bad words -> logit b
            '-> log-probabilities
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -61,13 +61,16 @@ class Sampler:
         if metadata.processed or len(metadata.masked_rows):
             logits = logits.float()
             self._process(logits, metadata)
-        random = np.flatnonzero(metadata.temperature >= GREEDY_EPSILON)
-        if len(random) == 0:
+        is_greedy = metadata.temperature < GREEDY_EPSILON
+        if is_greedy.all():
             return _argmax(logits)
+        random = np.flatnonzero(~is_greedy)
         if len(random) == len(logits):
             return self._draw(logits, metadata, random)
+        if native.has_contiguous_rows(logits):  # one pass over all rows where they lie
+            return self._draw(logits, _greedy_as_top_1(metadata, is_greedy), np.arange(len(logits)))
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        greedy = to_device(np.flatnonzero(metadata.temperature < GREEDY_EPSILON), logits.device)
+        greedy = to_device(np.flatnonzero(is_greedy), logits.device)
         tokens[greedy] = _argmax(logits[greedy])
         index = to_device(random, logits.device)
         tokens[index] = self._draw(logits[index], metadata, random)
@@ -89,6 +92,17 @@ class Sampler:
         min_p = None if metadata.min_p is None else metadata.min_p[rows]
         temperature = metadata.temperature[rows]
         return draw(logits.float(), metadata.top_k[rows], metadata.top_p[rows], uniform, min_p, temperature)
+
+
+def _greedy_as_top_1(metadata: SamplingMetadata, is_greedy: npt.NDArray[np.bool_]) -> SamplingMetadata:
+    """The same choice by a draw: the most likely token, the lowest id among equals."""
+    return replace(
+        metadata,
+        temperature=np.where(is_greedy, np.float32(1.0), metadata.temperature),
+        top_k=np.where(is_greedy, 1, metadata.top_k),
+        top_p=np.where(is_greedy, np.float32(1.0), metadata.top_p),
+        min_p=None if metadata.min_p is None else np.where(is_greedy, np.float32(0.0), metadata.min_p),
+    )
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
