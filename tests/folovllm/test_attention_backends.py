@@ -13,6 +13,7 @@ from folovllm.attention.backends.abstract import AttentionBackend, AttentionMeta
 from folovllm.attention.backends.flash_attn import FlashAttnBackend, padded_num_blocks
 from folovllm.attention.backends.paged import PagedBackend
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+from folovllm.attention.backends.triton_unified import TritonUnifiedBackend
 from folovllm.attention.ops import block_rows, gather_kv, write_kv
 from folovllm.attention.selector import BACKENDS, select_backend
 from folovllm.errors import ConfigError
@@ -244,3 +245,16 @@ def test_auto_chooses_and_names_force_a_backend():
     assert select_backend("torch_naive", cpu, torch.float32, 64) is TorchNaiveBackend
     with pytest.raises(ConfigError, match=r"attention_backend='flash'.*auto, paged, flash_attn, torch_naive"):
         select_backend("flash", cpu, torch.float32, 64)
+
+
+def test_a_backend_whose_package_is_missing_is_passed_over_and_cannot_be_forced(monkeypatch, caplog):
+    device = torch.device("cuda")
+    monkeypatch.setattr(TritonUnifiedBackend, "supports", lambda *_: True)
+    monkeypatch.setattr(TritonUnifiedBackend, "missing_package", lambda: None)
+    assert select_backend("triton_unified", device, torch.float32, 64) is TritonUnifiedBackend
+    assert select_backend("auto", device, torch.float32, 64) is TritonUnifiedBackend
+    monkeypatch.setattr(TritonUnifiedBackend, "missing_package", lambda: "triton")
+    assert select_backend("auto", device, torch.float32, 64) is FlashAttnBackend
+    assert "triton is not installed" in caplog.text
+    with pytest.raises(ConfigError, match="needs the package triton, which is not installed"):
+        select_backend("triton_unified", device, torch.float32, 64)

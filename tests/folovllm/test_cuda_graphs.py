@@ -16,6 +16,7 @@ from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from folovllm.attention.ops import write_kv
 from folovllm.engine.arg_utils import EngineArgs
 from folovllm.model_executor.forward_context import ForwardContext
+from folovllm.model_executor.recorded_forward import RecordedForward
 from folovllm.ops import torch_ops
 from folovllm.worker.cuda_graphs import Captured, DecodeBuffers, GraphedForward, capture_sizes, padded_size
 from folovllm.worker.gpu_worker import works_by_layer
@@ -207,7 +208,10 @@ def test_a_connector_works_by_layer_unless_it_says_no():
         assert works_by_layer(connector) == answer
 
 
-def test_enforce_eager_reaches_the_configuration(checkpoint):
+def test_enforce_eager_reaches_the_configuration_and_is_heeded(checkpoint):
     for value in (False, True):
         args = EngineArgs(model=str(checkpoint(NAME)), device="cpu", num_kv_blocks=8, enforce_eager=value)
         assert args.resolve().enforce_eager is value
+    eager, recorded = (make_runner(checkpoint(NAME), enforce_eager=value) for value in (True, False))
+    assert eager.compute is eager.model
+    assert isinstance(recorded.compute, RecordedForward)

@@ -82,7 +82,7 @@ class EngineArgs:
     batch_invariant: bool = False
     """Use only kernels in which a row's arithmetic is independent of the other rows, or refuse to start."""
     enforce_eager: bool = False
-    """Launch each kernel from Python, where CUDA graphs would replay decodes: to debug, or to start faster."""
+    """Call each kernel from Python, instead of replaying recorded steps (on a GPU, CUDA graphs): to debug."""
     tensor_parallel_size: int = 1
     """Ranks that share each layer; a process each."""
     kv_transfer_config: KVTransferConfig | dict[str, Any] | None = None

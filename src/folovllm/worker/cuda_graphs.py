@@ -22,11 +22,9 @@ import torch
 
 from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
 from folovllm.model_executor.forward_context import ForwardContext
+from folovllm.model_executor.recorded_forward import Forward
 
 logger = logging.getLogger(__name__)
-
-Forward = Callable[[torch.Tensor, torch.Tensor, ForwardContext], torch.Tensor]
-"""Token ids and positions `[num_tokens]` -> hidden states `[num_tokens, hidden_size]`."""
 
 LARGEST_CAPTURE = 512
 

@@ -6,6 +6,7 @@ from folovllm.config import EngineConfig
 from folovllm.core.kv_connector import KVConnector
 from folovllm.model_executor.parallel import TensorParallel
 from folovllm.worker.cuda_graphs import CUDAGraphRecorder, DecodeBuffers, GraphedForward, capture_sizes
+from folovllm.worker.kv_cache_sizing import run_largest_step
 from folovllm.worker.worker_base import WorkerBase
 
 
@@ -14,7 +15,10 @@ class GPUWorker(WorkerBase):
 
     def __init__(self, config: EngineConfig, parallel: TensorParallel) -> None:
         super().__init__(config, parallel)
-        if not config.enforce_eager and self.model_runner.backend.supports_cuda_graphs:
+        runner = self.model_runner
+        # Compiles kernels, and finds out now rather than later whether the largest step has room.
+        run_largest_step(runner.config, runner.model, runner.backend)
+        if not config.enforce_eager and runner.backend.supports_cuda_graphs:
             self._capture_decodes(config)
 
     def prepare_device(self, config: EngineConfig) -> None:

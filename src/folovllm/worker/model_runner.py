@@ -18,7 +18,7 @@ from folovllm.core.sched.output import ModelRunnerOutput, SchedulerOutput
 from folovllm.model_executor.forward_context import ForwardContext
 from folovllm.model_executor.loader import load_model
 from folovllm.model_executor.parallel import SINGLE, TensorParallel
-from folovllm.model_executor.recorded_forward import record_forward
+from folovllm.model_executor.recorded_forward import Forward, record_forward
 from folovllm.worker import kv_memory
 from folovllm.worker.async_copy import CopyFence
 from folovllm.worker.buffers import StagingBuffer
@@ -58,7 +58,9 @@ class ModelRunner:
         num_heads = model_config.get_num_attention_heads(parallel)
         self.backend = backend_class(num_heads, num_kv_heads, head_size, self.block_size, config.batch_invariant)
         self.model = load_model(config, self.backend, tensor_parallel)
-        self.compute = record_forward(self.model, self.backend, tensor_parallel)
+        self.compute: Forward = self.model
+        if not config.enforce_eager:
+            self.compute = record_forward(self.model, self.backend, tensor_parallel)
         shape = (config.cache_config.num_kv_blocks, 2, num_kv_heads, self.block_size, head_size)
         # Zeros, not empty: masked attention still multiplies what it masks, and must not meet a NaN.
         self.kv_caches = {
