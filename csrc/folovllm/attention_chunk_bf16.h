@@ -14,7 +14,7 @@
 namespace folovllm::attention {
 namespace {
 
-constexpr int kChunkRows = 256;  // so that packing V costs a tenth of using it
+constexpr int kChunkRows = 512;  // so that packing V costs a tenth of using it
 constexpr int kChunkKeys = 128;  // K and V packed of so many keys, and the scores of a pair, fit the second-level cache
 constexpr int kPair = 32;
 static_assert(kPartition % kChunkKeys == 0 && kChunkKeys % kTile == 0);
@@ -111,16 +111,19 @@ inline void take_keys(const Shape& shape, const KeyRows<BFloat16>* rows, int num
   for (int group = num_groups; group < kChunkKeys / 16; ++group) groups.k[group] = groups.k[num_groups - 1];
 }
 
-// 2^x within 1e-4, a fortieth of the rounding to bfloat16 that follows; 0 below 2^-126.
+// What a row does not see: finite, so that differences are no NaN, and far below any score.
+constexpr float kUnseen = -1e30F;
+constexpr float kLowestReference = -1e20F;
+
+// 2^x within 1e-4, a fortieth of the rounding to bfloat16 that follows; 0 far below.
 inline __m512 coarse_exp2(__m512 x) {
-  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-126.0F), x);
-  const __m512 whole = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(bounded, whole);
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, whole);
   __m512 q = _mm512_set1_ps(0.05500892922282219F);
   q = _mm512_fmadd_ps(q, f, _mm512_set1_ps(0.24221095442771912F));
   q = _mm512_fmadd_ps(q, f, _mm512_set1_ps(0.6932829022407532F));
   q = _mm512_fmadd_ps(q, f, _mm512_set1_ps(1.0F));
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0F), _CMP_NLT_UQ), q, whole);
+  return _mm512_scalef_ps(q, whole);
 }
 
 // Masks the scores of one strip and returns by what its earlier sums are multiplied; weights of keys from `seen` to
@@ -130,21 +133,21 @@ inline __m512 weigh_strip_of_pair(const Shape& shape, const ChunkScratch& scratc
   float* const score = scratch.score + strip * 16;
   const __m512 old_max = _mm512_load_ps(scratch.max(pair) + strip * 16);
   const __m512 visible = _mm512_load_ps(scratch.visible(pair) + strip * 16);
-  const __m512 minus_infinity = _mm512_set1_ps(kMinusInfinity);
+  const __m512 unseen = _mm512_set1_ps(kUnseen);
   // Rows see more keys from lane to lane; all see those before this one.
   const int seen_by_all = static_cast<int>(scratch.visible(pair)[strip * 16]) - begin;
-  __m512 max = minus_infinity;
+  __m512 max = unseen;
   int key = 0;
   for (; key < smaller(seen, seen_by_all); ++key) max = _mm512_max_ps(_mm512_load_ps(score + key * kPair), max);
   for (; key < end; ++key) {
     const __mmask16 sees = _mm512_cmp_ps_mask(_mm512_set1_ps(static_cast<float>(begin + key)), visible, _CMP_LT_OQ);
-    const __m512 x = _mm512_mask_load_ps(minus_infinity, sees, score + key * kPair);
+    const __m512 x = _mm512_mask_load_ps(unseen, sees, score + key * kPair);
     _mm512_store_ps(score + key * kPair, x);
     max = _mm512_max_ps(x, max);
   }
   const __m512 scale = _mm512_set1_ps(shape.scale_log2);
   max = _mm512_max_ps(_mm512_mul_ps(max, scale), old_max);
-  const __m512 reference = finite_max(max);
+  const __m512 reference = _mm512_max_ps(max, _mm512_set1_ps(kLowestReference));
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   __m512 sum_even = _mm512_setzero_ps();
@@ -160,7 +163,8 @@ inline __m512 weigh_strip_of_pair(const Shape& shape, const ChunkScratch& scratc
   const __m512 old_scale = exp2(_mm512_sub_ps(old_max, reference));
   float* const sum = scratch.sum(pair) + strip * 16;
   _mm512_store_ps(sum, _mm512_fmadd_ps(_mm512_load_ps(sum), old_scale, _mm512_add_ps(sum_even, sum_odd)));
-  _mm512_store_ps(scratch.max(pair) + strip * 16, max);
+  const __mmask16 has_seen = _mm512_cmp_ps_mask(max, _mm512_set1_ps(kLowestReference), _CMP_NLT_UQ);
+  _mm512_store_ps(scratch.max(pair) + strip * 16, _mm512_mask_blend_ps(has_seen, old_max, max));
   return old_scale;
 }
 

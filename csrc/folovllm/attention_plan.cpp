@@ -5,8 +5,22 @@
 #include "attention_kernel.h"
 
 namespace folovllm::attention {
+namespace {
 
-void Plan::make(const AttentionLayout& layout, const AttentionBatch& batch, int tokens_per_tile, int num_threads) {
+// Smaller tiles where the step would not fill the threads otherwise.
+int tokens_for(const AttentionLayout& layout, const AttentionBatch& batch, int most, int num_threads) {
+  constexpr int kItemsPerThread = 4;
+  constexpr int kLeastTokens = 16;
+  const std::int64_t items = std::int64_t{batch.query_start_loc[batch.num_reqs]} * layout.num_kv_heads;
+  const std::int64_t fair = items / (std::int64_t{num_threads} * kItemsPerThread);
+  if (num_threads == 1 || fair >= most) return most;
+  return std::min(most, std::max(static_cast<int>(fair), kLeastTokens));
+}
+
+}  // namespace
+
+void Plan::make(const AttentionLayout& layout, const AttentionBatch& batch, int most_tokens, int num_threads) {
+  const int tokens_per_tile = tokens_for(layout, batch, most_tokens, num_threads);
   tiles.clear();
   const int group = layout.num_heads / layout.num_kv_heads;
   std::int64_t total_cost = 0;

@@ -35,9 +35,9 @@ struct Plan {
   int num_splits;           // states that split tiles need
   int num_counters;
 
-  // Tiles have at most `tokens_per_tile` tokens. A tile is split where one item of it would be long against a
+  // Tiles have at most `most_tokens` tokens. A tile is split where one item of it would be long against a
   // thread's share of the step. Keeps the vectors' memory from step to step.
-  void make(const AttentionLayout& layout, const AttentionBatch& batch, int tokens_per_tile, int num_threads);
+  void make(const AttentionLayout& layout, const AttentionBatch& batch, int most_tokens, int num_threads);
 };
 
 }  // namespace folovllm::attention
