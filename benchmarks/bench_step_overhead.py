@@ -76,7 +76,7 @@ def watch_engine(llm: LLM, watch: Stopwatch) -> None:
     watch.watch(engine, "step", "engine")
     watch.watch(engine._outputs, "process", "outputs to requests")
     watch.watch(core.executor, "execute_model", "executor")
-    watch.watch(runner, "_prepare_inputs", "inputs")
+    watch.watch(runner.inputs, "prepare", "inputs")
     watch.watch(runner, "_update_states", "rows")
     watch.watch(runner, "_sample", "sampling")
     watch.watch(runner, "compute", "forward pass")

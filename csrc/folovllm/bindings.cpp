@@ -16,6 +16,7 @@ void bind_fused(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_quant(nb::module_& m);
 void bind_recording(nb::module_& m);
+void bind_step_inputs(nb::module_& m);
 }  // namespace folovllm
 
 NB_MODULE(_native, m) {
@@ -34,4 +35,5 @@ NB_MODULE(_native, m) {
   bind_sampling(m);
   bind_quant(m);
   bind_recording(m);
+  bind_step_inputs(m);
 }

@@ -1,7 +1,7 @@
 # The files of the kernels, one list per area.
-set(FOLOVLLM_KERNEL_SOURCES cpu_features.cpp thread_pool.cpp recording.cpp)
+set(FOLOVLLM_KERNEL_SOURCES cpu_features.cpp thread_pool.cpp recording.cpp step_inputs.cpp)
 set(FOLOVLLM_BINDING_SOURCES bind_linear.cpp bind_attention.cpp bind_fused.cpp bind_sampling.cpp bind_quant.cpp
-    bind_recording.cpp)
+    bind_recording.cpp bind_step_inputs.cpp)
 set(FOLOVLLM_TESTS thread_pool_test)
 
 # Linear layers.

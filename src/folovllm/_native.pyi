@@ -5,6 +5,9 @@ given. Callers check what they pass: a wrong size is memory corruption, so only 
 All release the GIL, and run on the pool of `set_num_threads`. `dtype` is "float32", "bfloat16" or "float16".
 """
 
+import numpy as np
+import numpy.typing as npt
+
 def set_num_threads(num_threads: int, cpus: list[int] = ...) -> None:
     """Run kernels on this many threads, the caller's included; thread i is pinned to cpus[i] unless `cpus` is empty.
 
@@ -290,8 +293,8 @@ class QuantizedLinear:
 class Recording:
     """A forward pass remembered as the kernels it called; used by one thread.
 
-    Sizes are those of a step: its tokens, its requests, and the elements from row to row of its block tables. The others,
-    and all addresses, stay as recorded: who records keeps what they point at, the layers' objects included.
+    Sizes are those of a step: its tokens, its requests, and the elements from row to row of its block tables. The
+    others, and all addresses, stay as recorded: who records keeps what they point at, the layers' objects included.
     """
 
     def begin(self, num_tokens: int, num_reqs: int, block_table_stride: int) -> None:
@@ -310,3 +313,45 @@ class Recording:
     @property
     def num_calls(self) -> int:
         """Kernels remembered."""
+
+# -- inputs ---------------------------------------------------------------------------------------------------------
+
+class DecodePreparer:
+    """Writes the inputs of steps in which each request computes one token. Keeps addresses: the owner keeps the arrays.
+
+    Args:
+        token_ids: of the batch, `[num_rows, ...]`.
+        block_table: of the batch, `[num_rows, ...]`.
+        num_tokens: of the batch, `[num_rows]`.
+        num_computed: of the batch, `[num_rows]`.
+        block_size: tokens of a block.
+        input_ids: receives one entry per request, as do the next five.
+        positions: of the tokens.
+        slots: where their keys and values go: slot_blocks * block_size + slot_offsets.
+        slot_blocks: the block of each slot.
+        slot_offsets: its token within the block.
+        seq_lens: tokens with KV once the step is done.
+        block_tables: receives `[num_reqs, max_blocks]`.
+    """
+
+    def __init__(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        block_table: npt.NDArray[np.int32],
+        num_tokens: npt.NDArray[np.int64],
+        num_computed: npt.NDArray[np.int64],
+        block_size: int,
+        input_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int64],
+        slots: npt.NDArray[np.int64],
+        slot_blocks: npt.NDArray[np.int64],
+        slot_offsets: npt.NDArray[np.int64],
+        seq_lens: npt.NDArray[np.int32],
+        block_tables: npt.NDArray[np.int32],
+    ) -> None: ...
+    def prepare(self, rows: npt.NDArray[np.int64]) -> tuple[int, int]:
+        """Compute the next token of each of these rows of the batch, and count it as computed.
+
+        Returns:
+            max_blocks, the blocks of the longest request; and how many requests' last known token this is.
+        """

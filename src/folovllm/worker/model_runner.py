@@ -5,12 +5,9 @@ The same code serves CPU and CUDA. A step reads the device back once, for the sa
 """
 
 import logging
-from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
-from folovllm.attention.backends.abstract import AttentionMetadata
 from folovllm.attention.selector import select_backend
 from folovllm.config import EngineConfig
 from folovllm.core.kv_connector import KVConnector
@@ -20,28 +17,12 @@ from folovllm.model_executor.loader import load_model
 from folovllm.model_executor.parallel import SINGLE, TensorParallel
 from folovllm.model_executor.recorded_forward import Forward, record_forward
 from folovllm.worker import kv_memory
-from folovllm.worker.async_copy import CopyFence
-from folovllm.worker.buffers import StagingBuffer
 from folovllm.worker.connector_step import run_with_connector
-from folovllm.worker.input_batch import CachedRequestState, InputBatch, Rows
+from folovllm.worker.input_batch import CachedRequestState, InputBatch
 from folovllm.worker.sampling_step import SamplingStep
+from folovllm.worker.step_inputs import InputPreparer, StepInputs
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """One step's tensors, and which rows of the batch they stand for."""
-
-    rows: Rows
-    """`[num_reqs]`: the batch row of each request in the step."""
-    samples: Rows
-    """Indices into `rows` of the requests that end the step with all their tokens computed: these sample."""
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    logits_indices: torch.Tensor | None
-    """Query row of the last token of each request in `samples`; None: every token is one."""
-    attn_metadata: AttentionMetadata
 
 
 class ModelRunner:
@@ -74,26 +55,8 @@ class ModelRunner:
         limits = config.scheduler_config
         self.input_batch = InputBatch(limits.max_num_seqs, model_config.max_model_len, self.block_size)
         self.sampling = SamplingStep(config, self.model, self.input_batch)
-        self._make_buffers(limits.max_num_seqs, limits.max_num_batched_tokens)
+        self.inputs = InputPreparer(self.input_batch, self.backend, limits.max_num_batched_tokens, self.device)
         logger.info("runner ready device=%s backend=%s num_kv_blocks=%d", self.device, self.backend.name, shape[0])
-
-    def _make_buffers(self, max_reqs: int, max_tokens: int) -> None:
-        def buffer(capacity: int, dtype: torch.dtype) -> StagingBuffer:
-            return StagingBuffer(capacity, dtype, self.device)
-
-        self._fence = CopyFence(self.device)
-        self._input_ids = buffer(max_tokens, torch.int32)
-        self._positions = buffer(max_tokens, torch.int64)
-        self._slots = buffer(max_tokens, torch.int64)
-        self._slot_blocks = buffer(max_tokens, torch.int64)
-        self._slot_offsets = buffer(max_tokens, torch.int64)
-        self._query_start_loc = buffer(max_reqs + 1, torch.int32)
-        self._seq_lens = buffer(max_reqs, torch.int32)
-        self._block_tables = buffer(self.input_batch.block_table.size, torch.int32)
-        self._logits_indices = buffer(max_reqs, torch.int32)
-        # 0, 1, 2, ...: where the tokens of requests begin that have one each, and the indices of all requests.
-        self._starts_of_one_each = np.arange(max_reqs + 1, dtype=np.int32)
-        self._everyone = np.arange(max_reqs, dtype=np.int64)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
@@ -103,7 +66,7 @@ class ModelRunner:
         invalid in this step: the scheduler recomputes it from the first such block.
         """
         self._update_states(scheduler_output)
-        step = self._prepare_inputs(scheduler_output) if scheduler_output.total_num_scheduled_tokens else None
+        step = self.inputs.prepare(scheduler_output) if scheduler_output.total_num_scheduled_tokens else None
         context = ForwardContext(step.attn_metadata if step else None, self.kv_caches, self.connector)
         if self.connector is None:
             return self._sample(step, self._forward(step, context), set()) if step else ModelRunnerOutput({})
@@ -139,61 +102,8 @@ class ModelRunner:
                 if cached.block_ids:
                     batch.append_blocks(row, cached.block_ids)
 
-    def _prepare_inputs(self, scheduler_output: SchedulerOutput) -> StepInputs:
-        """Lay the scheduled tokens of all requests end to end.
-
-        For requests with 2, 1 and 3 scheduled tokens of which 5, 9 and 0 were computed before:
-
-            query_start_loc   0     2  3        6
-            req_index       [ 0  0 | 1 | 2  2  2 ]
-            positions       [ 5  6 | 9 | 0  1  2 ]
-        """
-        self._fence.wait()
-        batch, scheduled = self.input_batch, scheduler_output.num_scheduled_tokens
-        num_reqs, num_tokens = len(scheduled), scheduler_output.total_num_scheduled_tokens
-        rows = batch.rows_of(scheduled)
-        computed = batch.num_computed_tokens[rows]
-        if num_tokens == num_reqs:  # one token each, as in most steps: no need to tell tokens from requests
-            query_start_loc, token_rows, positions = self._starts_of_one_each[: num_reqs + 1], rows, computed
-            seq_lens = computed + 1
-        else:
-            num_scheduled = np.fromiter(scheduled.values(), np.int64, num_reqs)
-            query_start_loc = np.zeros(num_reqs + 1, dtype=np.int32)
-            np.cumsum(num_scheduled, out=query_start_loc[1:])
-            seq_lens = computed + num_scheduled
-            req_index = np.repeat(np.arange(num_reqs), num_scheduled)
-            positions = np.arange(num_tokens) + (computed - query_start_loc[:-1])[req_index]
-            token_rows = rows[req_index]
-        batch.num_computed_tokens[rows] = seq_lens
-
-        slot_blocks = batch.block_table[token_rows, positions // self.block_size].astype(np.int64)
-        slot_offsets = positions % self.block_size
-        max_blocks = -(-int(seq_lens.max()) // self.block_size)
-        is_known = seq_lens == batch.num_tokens[rows]
-        samples = self._everyone[:num_reqs] if is_known.all() else np.flatnonzero(is_known)
-        metadata = AttentionMetadata(
-            query_start_loc=self._query_start_loc.fill(query_start_loc),
-            seq_lens=self._seq_lens.fill(seq_lens),
-            block_tables=self._block_tables.fill(batch.block_table[rows, :max_blocks]),
-            slot_mapping=self._slots.fill(slot_blocks * self.block_size + slot_offsets),
-            slot_blocks=self._slot_blocks.fill(slot_blocks),
-            slot_offsets=self._slot_offsets.fill(slot_offsets),
-            query_start_loc_cpu=query_start_loc,
-            seq_lens_cpu=seq_lens.astype(np.int32),
-        )
-        return StepInputs(
-            rows=rows,
-            samples=samples,
-            input_ids=self._input_ids.fill(batch.token_ids[token_rows, positions]),
-            positions=self._positions.fill(positions),
-            logits_indices=(
-                None if len(samples) == num_tokens else self._logits_indices.fill(query_start_loc[1:][samples] - 1)
-            ),
-            attn_metadata=replace(metadata, backend_plan=self.backend.plan(metadata)),
-        )
-
     def _forward(self, step: StepInputs, context: ForwardContext) -> torch.Tensor:
-        self._fence.copies_given()
+        self.inputs.copies_given()
         return self.compute(step.input_ids, step.positions, context)
 
     def _sample(self, step: StepInputs, hidden: torch.Tensor, invalid_block_ids: set[int]) -> ModelRunnerOutput:

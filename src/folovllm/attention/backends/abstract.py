@@ -45,6 +45,8 @@ class AttentionBackend(ABC):
     name: ClassVar[str]
     workspace: Workspace | None = None
     """Where native kernels put their results; None: others compute."""
+    plans_by_length: ClassVar[bool] = True
+    """Whether `plan` depends on more than the addresses and shapes of the step's tensors."""
     is_batch_invariant: ClassVar[bool] = False
     """Whether `batch_invariant` can be asked for."""
     supports_cuda_graphs: ClassVar[bool] = False

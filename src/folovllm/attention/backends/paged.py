@@ -35,6 +35,7 @@ class PagedBackend(AttentionBackend):
     """
 
     name = "paged"
+    plans_by_length = False
     is_batch_invariant = True
 
     def __init__(
