@@ -12,12 +12,12 @@ from pathlib import Path
 import aiohttp
 
 from bench_environment import environment
-from kvstrata.demo_model import make_demo_model
+from kvstrata.random_model import make_random_model
 from kvstrata.stack import Stack, StackSpec
 from kvstrata.workload import TurnResult, WorkloadSpec, ask, make_conversations
 
 NUM_PROMPTS = 5
-PROMPT_WORDS = 1370  # about 2,000 tokens
+PROMPT_WORDS = 1060  # about 2,000 tokens
 MAX_TOKENS = 4
 ENGINE_OPTIONS = ("--num-kv-blocks", "512", "--max-model-len", "4096")
 
@@ -43,7 +43,7 @@ async def measure(stack: Stack) -> dict[str, list[TurnResult]]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
-        model = str(make_demo_model(Path(directory)))
+        model = str(make_random_model(Path(directory)))
         spec = StackSpec(model, num_engines=1, engine_options=ENGINE_OPTIONS, cpu_cache_gb=0.5)
         with Stack(spec) as stack:
             results = asyncio.run(measure(stack))

@@ -13,17 +13,15 @@ import json
 import random
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import aiohttp
 import numpy as np
 import psutil
 
 from bench_environment import environment
-from kvstrata.demo_model import make_demo_model
+from kvstrata.demo_model import DEMO_MODEL
 from kvstrata.stack import Stack, StackSpec
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_MODEL_LEN = 4096, 16, 512
@@ -188,12 +186,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.short:
         args.clients, args.seconds, args.disconnects = 100, 15.0, 20
-    with tempfile.TemporaryDirectory() as directory:
-        model = str(make_demo_model(Path(directory)))
-        with Stack(StackSpec(model, num_engines=1, engine_options=ENGINE_OPTIONS)) as stack:
-            run, samples, before = asyncio.run(soak(stack, args.clients, args.seconds, args.disconnects))
-            gauges = asyncio.run(settle(stack.engines[0].url))
-            after = usage(stack.engines[0].process.pid)
+    with Stack(StackSpec(str(DEMO_MODEL), num_engines=1, engine_options=ENGINE_OPTIONS)) as stack:
+        run, samples, before = asyncio.run(soak(stack, args.clients, args.seconds, args.disconnects))
+        gauges = asyncio.run(settle(stack.engines[0].url))
+        after = usage(stack.engines[0].process.pid)
     rss = [sample.rss_mb for sample in samples]
     quarter = max(len(rss) // 4, 1)
     growth = statistics.median(rss[-quarter:]) / statistics.median(rss[quarter : 2 * quarter]) - 1

@@ -8,10 +8,9 @@ A quantised checkpoint is used like any other: make one with `kvstrata quantize`
 import argparse
 import json
 
-from checkpoint import demo_checkpoint
-
 from folovllm.entrypoints.llm import LLM
 from folovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from kvstrata.demo_model import DEMO_MODEL
 
 DOCUMENT = "A list is a mutable sequence. A tuple is an immutable sequence. A set holds each element once. " * 8
 PERSON = {
@@ -61,9 +60,9 @@ def log_probabilities(llm: LLM) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="default: a small one with random weights")
+    parser.add_argument("--model", default=str(DEMO_MODEL), help="default: the small one of this package")
     arguments = parser.parse_args()
-    with LLM(arguments.model or demo_checkpoint(), scheduling_policy="priority", max_num_seqs=1) as llm:
+    with LLM(arguments.model, scheduling_policy="priority", max_num_seqs=1) as llm:
         for show in (prefix_cache, structured_output, priorities, log_probabilities):
             print(f"-- {(show.__doc__ or '').strip()}")
             show(llm)

@@ -6,24 +6,23 @@ python examples/batch_inference.py [--model DIRECTORY_OR_HUB_ID] [--num-requests
 import argparse
 import time
 
-from checkpoint import demo_checkpoint
-
 from folovllm.entrypoints.llm import LLM
 from folovllm.sampling_params import SamplingParams
+from kvstrata.demo_model import DEMO_MODEL
 
 TOPICS = ["lists", "dictionaries", "sets", "files", "threads", "sockets", "regular expressions", "decorators"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="default: a small one with random weights")
+    parser.add_argument("--model", default=str(DEMO_MODEL), help="default: the small one of this package")
     parser.add_argument("--num-requests", type=int, default=32)
     arguments = parser.parse_args()
     count = arguments.num_requests
     prompts = [f"In Python, {TOPICS[i % len(TOPICS)]} are" for i in range(count)]
     # Each request may have options of its own; a seeded one gives the same text alone or in any batch.
     params = [SamplingParams(temperature=0.8, seed=i, max_tokens=8 + 4 * (i % 8)) for i in range(count)]
-    with LLM(arguments.model or demo_checkpoint(), max_num_seqs=16, max_num_batched_tokens=256) as llm:
+    with LLM(arguments.model, max_num_seqs=16, max_num_batched_tokens=256) as llm:
         started = time.perf_counter()
         outputs = llm.generate(prompts, params)
         taken = time.perf_counter() - started

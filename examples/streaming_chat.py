@@ -10,11 +10,10 @@ import argparse
 import asyncio
 import sys
 
-from checkpoint import demo_checkpoint
-
 from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.async_llm import AsyncLLM
 from folovllm.sampling_params import SamplingParams
+from kvstrata.demo_model import DEMO_MODEL
 
 PARAMS = SamplingParams(temperature=0.3, seed=1, max_tokens=80)
 
@@ -49,8 +48,8 @@ async def chat(model: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="default: a small one with random weights")
-    asyncio.run(chat(parser.parse_args().model or demo_checkpoint()))
+    parser.add_argument("--model", default=str(DEMO_MODEL), help="default: the small one of this package")
+    asyncio.run(chat(parser.parse_args().model))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 CARD_QUESTIONS = (
     "Hello!",
     "What does str.split do?",
-    "What is json?",
-    "Explain the with statement.",
-    "What is flexkv?",
+    "What does re.compile do?",
+    "Who are you?",
+    "What is kvstrata?",
 )
 LICENCE = "LICENSE-PYTHON.txt"
 CARD = """\

@@ -5,10 +5,9 @@ import json
 import os
 import signal
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,13 +15,15 @@ import aiohttp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from kvstrata.demo_model import make_demo_model
+from kvstrata.demo_model import DEMO_MODEL
 from kvstrata.report import ScenarioReport, as_document, as_table, summarise
 from kvstrata.stack import Stack, StackSpec
 from kvstrata.workload import TurnResult, WorkloadSpec, ask, replay
 
 BLOCK_SIZE = 16
 WARM_UP_TOKENS = 4
+SAMPLE_QUESTION = "What does str.split do?"
+SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +47,13 @@ class DemoOptions:
     """What the user may choose."""
 
     model: str | None = None
-    """Checkpoint directory or hub id; None makes the demo model."""
+    """Checkpoint directory or hub id; None takes strata-tiny, which comes with this package."""
     workload: WorkloadSpec = field(default_factory=WorkloadSpec)
     num_engines: int = 2
-    device_cache_tokens: int = 2304
+    device_cache_tokens: int = 4608
     """Size of each engine's device pool: small on purpose, so that conversations outgrow it."""
     cpu_cache_gb: float = 0.5
-    max_model_len: int = 2048
+    max_model_len: int = 4096
     port: int = 0
     keep: bool = False
     json_file: Path | None = None
@@ -66,8 +67,8 @@ def run_demo(options: DemoOptions, console: Console) -> list[ScenarioReport]:
         aiohttp.ClientError: a request failed.
         KeyboardInterrupt: Ctrl-C or SIGTERM; everything started has been stopped.
     """
-    with _stops_on_signals(), ExitStack() as scratch:
-        model = options.model or _make_checkpoint(scratch, console)
+    model = options.model or str(DEMO_MODEL)
+    with _stops_on_signals():
         reports = _run_scenarios(options, model, console)
         console.print(as_table(reports))
         if options.json_file:
@@ -96,12 +97,6 @@ def stack_spec(options: DemoOptions, scenario: Scenario, model: str) -> StackSpe
     )
 
 
-def _make_checkpoint(scratch: ExitStack, console: Console) -> str:
-    directory = scratch.enter_context(tempfile.TemporaryDirectory(prefix="kvstrata-model-"))
-    with console.status("making a small Qwen3 checkpoint"):
-        return str(make_demo_model(Path(directory)))
-
-
 def _run_scenarios(options: DemoOptions, model: str, console: Console) -> list[ScenarioReport]:
     columns = TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     reports = []
@@ -114,6 +109,8 @@ def _run_scenarios(options: DemoOptions, model: str, console: Console) -> list[S
                 console.print(f"{scenario.name}: serving at {stack.url}", style="dim", highlight=False)
                 progress.start_task(task)
                 reports.append(_run_scenario(scenario, stack, options.workload, _ProgressNote(progress, task)))
+                if scenario is SCENARIOS[0]:
+                    _print_sample(stack, console)
     return reports
 
 
@@ -130,6 +127,18 @@ async def _warm_up(stack: Stack) -> None:
     async with aiohttp.ClientSession(raise_for_status=True) as session:
         for engine in stack.engines:
             await ask(session, engine.url, stack.spec.model, messages, WARM_UP_TOKENS)
+
+
+def _print_sample(stack: Stack, console: Console) -> None:
+    """What the model is like: one short question and its answer."""
+
+    async def answer() -> TurnResult:
+        messages = [{"role": "user", "content": SAMPLE_QUESTION}]
+        async with aiohttp.ClientSession(raise_for_status=True) as session:
+            return await ask(session, stack.url, stack.spec.model, messages, SAMPLE_TOKENS)
+
+    text = asyncio.run(answer()).text
+    console.print(f"  user:  {SAMPLE_QUESTION}\n  model: {text}", markup=False, highlight=False)
 
 
 def _serve_until_interrupted(options: DemoOptions, model: str, console: Console) -> None:

@@ -1,11 +1,13 @@
 """A multi-turn chat workload: users who share system prompts and talk for several turns, each turn on top of the last.
 
-The text comes from the help system of Python, so that prompts are ordinary English of a known size.
+The text is documentation that the demo's model has not learnt, so that prompts are ordinary English of a known size;
+each turn ends in a question that this model can answer.
 """
 
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,9 +15,15 @@ from typing import Any
 
 import aiohttp
 
-from kvstrata.demo_model import corpus
+from kvstrata.demo_model import held_out_text
 
 REQUEST_TIMEOUT_S = 120.0
+ASKED_ABOUT = (  # noqa: SIM905 - a list would take a line for each
+    "str.split str.join str.strip str.replace list.append list.sort list.pop dict.get dict.items dict.update set.add "
+    "len print sorted range zip map filter sum max min abs isinstance enumerate any all round open itertools.chain "
+    "functools.partial collections.Counter json.dumps os.getcwd math.sqrt random.shuffle time.time copy.deepcopy"
+).split()
+"""Names of Python that the users ask about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +33,13 @@ class WorkloadSpec:
     num_users: int = 12
     num_turns: int = 4
     num_system_prompts: int = 4
-    system_words: int = 200
+    system_words: int = 700
     """Shared between users."""
-    document_words: int = 250
+    document_words: int = 370
     """What each user brings along in the first turn."""
     user_words: int = 40
-    """What each user says in each turn."""
-    max_tokens: int = 16
+    """What each user quotes in each turn, before the question."""
+    max_tokens: int = 32
     think_s: float = 1.5
     """Mean time a user thinks between an answer and the next question; exponentially distributed."""
     seed: int = 1
@@ -68,11 +76,15 @@ class TurnResult:
 def make_conversations(spec: WorkloadSpec) -> list[Conversation]:
     """The conversations of a workload; equal specs give equal conversations."""
     rng = random.Random(spec.seed)
-    words = " ".join(corpus()).split()
+    text = held_out_text()
+    words = [match.span() for match in re.finditer(r"\S+", text)]
 
     def passage(num_words: int) -> str:
-        start = rng.randrange(len(words) - num_words)
-        return " ".join(words[start : start + num_words])
+        first = rng.randrange(len(words) - num_words)
+        return text[words[first][0] : words[first + num_words - 1][1]]
+
+    def turn(num_words: int) -> str:
+        return f"{passage(num_words)}\n\nWhat does {rng.choice(ASKED_ABOUT)} do?"
 
     def conversation(user_id: int) -> Conversation:
         words_per_turn = [spec.user_words] * spec.num_turns
@@ -80,7 +92,7 @@ def make_conversations(spec: WorkloadSpec) -> list[Conversation]:
         return Conversation(
             user_id=user_id,
             system_prompt=system_prompts[user_id % spec.num_system_prompts],
-            user_turns=tuple(passage(num_words) for num_words in words_per_turn),
+            user_turns=tuple(turn(num_words) for num_words in words_per_turn),
             think_s=tuple(rng.expovariate(1 / spec.think_s) if spec.think_s else 0.0 for _ in words_per_turn),
         )
 

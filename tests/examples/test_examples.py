@@ -25,7 +25,7 @@ def run(name: str, *arguments: str, stdin: str = "") -> str:
 
 
 def test_every_example_has_a_test():
-    tested = {"basic_inference.py", "batch_inference.py", "streaming_chat.py", "advanced_usage.py", "checkpoint.py"}
+    tested = {"basic_inference.py", "batch_inference.py", "streaming_chat.py", "advanced_usage.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 

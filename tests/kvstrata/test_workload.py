@@ -1,3 +1,4 @@
+from kvstrata.demo_model import held_out_text
 from kvstrata.workload import TurnResult, WorkloadSpec, make_conversations
 
 
@@ -17,7 +18,17 @@ def test_users_share_system_prompts_and_nothing_else():
 def test_prompts_have_the_asked_size():
     conversation = make_conversations(WorkloadSpec(system_words=50, document_words=20, user_words=7, num_turns=3))[0]
     assert len(conversation.system_prompt.split()) == 50
-    assert [len(turn.split()) for turn in conversation.user_turns] == [27, 7, 7]
+    quoted = [turn.rpartition("\n\n")[0] for turn in conversation.user_turns]
+    assert [len(text.split()) for text in quoted] == [27, 7, 7]
+
+
+def test_text_is_held_out_and_each_turn_asks_something():
+    for conversation in make_conversations(WorkloadSpec()):
+        assert conversation.system_prompt in held_out_text()
+        for turn in conversation.user_turns:
+            quoted, _, question = turn.rpartition("\n\n")
+            assert quoted in held_out_text()
+            assert question.endswith(" do?")
 
 
 def test_turn_results_are_values():
