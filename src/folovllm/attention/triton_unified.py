@@ -26,6 +26,8 @@ from folovllm.attention.backends.abstract import AttentionMetadata
 
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 64
+_NUM_STAGES = 3
+"""One ahead for a tile's keys and values, and one more for where its blocks are."""
 _MIN_TILES_PER_SPLIT = 4
 """Fewer would not pay for the second kernel."""
 
@@ -143,7 +145,7 @@ def unified_attention(
         metadata.block_tables.stride(0),
         **kernel_constants(plan, num_heads, head_size, num_heads // num_kv_heads, block_size),
         num_warps=plan.num_warps,
-        num_stages=2,
+        num_stages=_NUM_STAGES,
         enable_fp_fusion=True,
     )
     if is_split:
@@ -153,7 +155,7 @@ def unified_attention(
             output,
             num_tokens,
             num_heads,
-            plan.num_splits,
+            NUM_SPLITS=plan.num_splits,
             HEAD=head_size,
             HEAD_PADDED=head_padded,
             enable_fp_fusion=True,
@@ -364,35 +366,32 @@ def unified_attention_kernel(
         row += tl.program_id(2).to(tl.int64) * num_tokens * NUM_HEADS
         logs = tl.where(is_empty, float("-inf"), row_max + tl.log2(tl.where(is_empty, 1.0, row_sum)))
         tl.store(logs_ptr + row, logs, mask=is_row)
+        is_element = is_element & (row_sum != 0.0)[:, None]  # nobody reads the rest
     result_at = output_ptr + row[:, None] * HEAD + dims[None, :]
     tl.store(result_at, result.to(output_ptr.dtype.element_ty), mask=is_element)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def reduce_splits_kernel(
-    parts_ptr,  # [num_splits, num_tokens, num_heads, HEAD] fp32
-    logs_ptr,  # [num_splits, num_tokens, num_heads] fp32: log2 of each part's weight
+    parts_ptr,  # [NUM_SPLITS, num_tokens, num_heads, HEAD] fp32
+    logs_ptr,  # [NUM_SPLITS, num_tokens, num_heads] fp32: log2 of each part's weight, -inf for none
     output_ptr,  # [num_tokens, num_heads, HEAD]
     num_tokens,
     num_heads,
-    num_splits,
+    NUM_SPLITS: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
 ):
-    """The weighted mean of the splits' results, for one token and head."""
+    """The weighted mean of the splits' results, for one token and head; all splits are read at once."""
     row = tl.program_id(0).to(tl.int64) * num_heads + tl.program_id(1)
     dims = tl.arange(0, HEAD_PADDED)
-    stride = num_tokens * num_heads
-    largest = float("-inf")
-    for split in range(num_splits):
-        largest = tl.maximum(largest, tl.load(logs_ptr + split * stride + row))
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    total = 0.0
-    acc = tl.zeros([HEAD_PADDED], dtype=tl.float32)
-    for split in range(num_splits):
-        weight = tl.exp2(tl.load(logs_ptr + split * stride + row) - largest)
-        total += weight
-        part = tl.load(parts_ptr + (split * stride + row) * HEAD + dims, mask=dims < HEAD, other=0.0)
-        acc += part * weight
-    result = acc / tl.where(total == 0.0, 1.0, total)
+    rows = tl.arange(0, NUM_SPLITS) * num_tokens * num_heads + row
+    logs = tl.load(logs_ptr + rows)
+    is_part = logs != float("-inf")
+    largest = tl.max(logs, axis=0)
+    weights = tl.where(is_part, tl.exp2(logs - tl.where(largest == float("-inf"), 0.0, largest)), 0.0)
+    mask = is_part[:, None] & (dims < HEAD)[None, :]
+    parts = tl.load(parts_ptr + rows[:, None] * HEAD + dims[None, :], mask=mask, other=0.0)
+    total = tl.sum(weights, axis=0)
+    result = tl.sum(parts * weights[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
     tl.store(output_ptr + row * HEAD + dims, result.to(output_ptr.dtype.element_ty), mask=dims < HEAD)
