@@ -176,7 +176,7 @@ class Step {
         }
       }
     };
-    run_on_all(work);
+    run_together(work);
   }
 
  private:

@@ -73,26 +73,36 @@ class Pool {
   void run(Job job) {
     const int count = size();
     std::unique_lock lock(busy_, std::defer_lock);
-    if (count == 1 || !lock.try_lock()) {
-      for (int i = 0; i < count; ++i) job(i, count);
-      return;
-    }
+    if (count == 1 || !lock.try_lock()) return job(0, count);
     if (static_cast<int>(workers_.size()) != count - 1) start_workers();
     job_ = job;
-    num_working_.store(count - 1, std::memory_order_relaxed);
-    // Publishes job_ and num_working_ to the workers.
-    epoch_.fetch_add(1, std::memory_order_seq_cst);
-    if (num_asleep_.load(std::memory_order_seq_cst) > 0) epoch_.notify_all();
+    // Publishes job_ to the workers.
+    publish(0);
     job(0, count);
-    wait_for_workers();
+    state_.fetch_or(kClosed, std::memory_order_seq_cst);
+    wait_for_those_inside();
   }
 
  private:
+  // state_, which all threads look at:
+  //
+  //   31 ... 10      9        8 ... 0
+  //   | epoch   | closed | workers inside |
+  //
+  // A job has a new epoch. A worker enters it, at most once, until the caller has closed it; the caller then waits for
+  // those inside. So nobody waits for a worker that has no core at the moment: what it would have done, others do.
+  static constexpr std::uint32_t kInside = (1U << 9) - 1;
+  static constexpr std::uint32_t kClosed = 1U << 9;
+  static constexpr int kEpochShift = 10;
+  static_assert(kMaxThreads <= kInside);
+
+  static std::uint32_t epoch_of(std::uint32_t state) { return state >> kEpochShift; }
+
   Pool() : size_(allowed_cpus()) {}
 
   void start_workers() {
     is_stopping_.store(false, std::memory_order_relaxed);
-    const std::uint32_t seen = epoch_.load(std::memory_order_relaxed);
+    const std::uint32_t seen = epoch_of(state_.load(std::memory_order_relaxed));
     const int count = size();
     for (int i = static_cast<int>(workers_.size()) + 1; i < count; ++i) {
       workers_.emplace_back([this, i, count, seen] { work(i, count, seen); });
@@ -102,59 +112,86 @@ class Pool {
 
   void stop_workers() {
     is_stopping_.store(true, std::memory_order_relaxed);
-    epoch_.fetch_add(1, std::memory_order_seq_cst);
-    epoch_.notify_all();
+    publish(kClosed);
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
   }
 
+  // Begin the next epoch. REQUIRES: nobody is inside.
+  void publish(std::uint32_t closed) {
+    const std::uint32_t epoch = epoch_of(state_.load(std::memory_order_relaxed)) + 1;
+    state_.store(epoch << kEpochShift | closed, std::memory_order_seq_cst);
+    if (num_asleep_.load(std::memory_order_seq_cst) > 0) state_.notify_all();
+  }
+
   void work(int thread, int count, std::uint32_t seen) {
     while (true) {
-      wait_for_change(seen);
-      ++seen;
+      std::uint32_t state = wait_for_other_epoch(seen);
       if (is_stopping_.load(std::memory_order_relaxed)) return;
+      seen = epoch_of(state);
+      if (!enter(state)) continue;
       (*job_)(thread, count);
-      // The last one wakes a caller that sleeps: either it sees the flag, or the caller sees the count.
-      if (num_working_.fetch_sub(1, std::memory_order_seq_cst) == 1 && is_caller_asleep_.load(std::memory_order_seq_cst)) {
-        num_working_.notify_one();
+      // The last one wakes a caller that sleeps: either it sees the flag, or the caller sees that nobody is inside.
+      const std::uint32_t before = state_.fetch_sub(1, std::memory_order_seq_cst);
+      const bool is_last = (before & kClosed) != 0 && (before & kInside) == 1;
+      if (is_last && is_caller_asleep_.load(std::memory_order_seq_cst)) {
+        num_wakeups_.fetch_add(1, std::memory_order_seq_cst);
+        num_wakeups_.notify_one();
       }
     }
   }
 
-  void wait_for_workers() {
+  // Enter the job of `state`, if it is still open.
+  bool enter(std::uint32_t state) {
+    const std::uint32_t epoch = epoch_of(state);
+    while ((state & kClosed) == 0 && epoch_of(state) == epoch) {
+      if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  bool is_empty() const { return (state_.load(std::memory_order_seq_cst) & kInside) == 0; }
+
+  void wait_for_those_inside() {
     for (int spins = 0; spins < kSpins; ++spins) {
-      if (num_working_.load(std::memory_order_acquire) == 0) return;
+      if (is_empty()) return;
       pause_cpu();
     }
     // A worker has lost its core: leave it this one.
     is_caller_asleep_.store(true, std::memory_order_seq_cst);
-    int working = 0;
-    while ((working = num_working_.load(std::memory_order_seq_cst)) != 0) {
-      num_working_.wait(working, std::memory_order_seq_cst);
+    while (true) {
+      const std::uint32_t seen = num_wakeups_.load(std::memory_order_seq_cst);
+      if (is_empty()) break;
+      num_wakeups_.wait(seen, std::memory_order_seq_cst);
     }
     is_caller_asleep_.store(false, std::memory_order_relaxed);
   }
 
-  void wait_for_change(std::uint32_t seen) {
+  std::uint32_t wait_for_other_epoch(std::uint32_t seen) {
     for (int spins = 0; spins < kSpins; ++spins) {
-      if (epoch_.load(std::memory_order_acquire) != seen) return;
+      const std::uint32_t state = state_.load(std::memory_order_acquire);
+      if (epoch_of(state) != seen) return state;
       pause_cpu();
     }
     num_asleep_.fetch_add(1, std::memory_order_seq_cst);
-    while (epoch_.load(std::memory_order_seq_cst) == seen) epoch_.wait(seen, std::memory_order_seq_cst);
+    std::uint32_t state = 0;
+    while (epoch_of(state = state_.load(std::memory_order_seq_cst)) == seen) state_.wait(state, std::memory_order_seq_cst);
     num_asleep_.fetch_sub(1, std::memory_order_relaxed);
+    return state;
   }
 
   // Protected by busy_, which a running job holds:
   std::mutex busy_;
   std::vector<std::thread> workers_;
   std::vector<int> cpus_;
-  // Written by the caller before epoch_ changes, read by workers after:
+  // Written by the caller before state_ changes, read by workers inside:
   std::optional<Job> job_;
   std::atomic<bool> is_stopping_{false};
   // On lines of their own, because the workers spin on them:
-  alignas(64) std::atomic<std::uint32_t> epoch_{0};
-  alignas(64) std::atomic<int> num_working_{0};
+  alignas(64) std::atomic<std::uint32_t> state_{kClosed};
+  alignas(64) std::atomic<std::uint32_t> num_wakeups_{0};
   std::atomic<bool> is_caller_asleep_{false};
   alignas(64) std::atomic<int> num_asleep_{0};
   alignas(64) std::atomic<int> size_;
@@ -166,6 +203,6 @@ void set_num_threads(int num_threads, const std::vector<int>& cpus) { Pool::inst
 
 int num_threads() { return Pool::instance().size(); }
 
-void run_on_all(Job job) { Pool::instance().run(job); }
+void run_together(Job job) { Pool::instance().run(job); }
 
 }  // namespace folovllm

@@ -39,9 +39,11 @@ void set_num_threads(int num_threads, const std::vector<int>& cpus = {});
 // The number of threads jobs run on; at first one per cpu this process may use.
 int num_threads();
 
-// Run job(i, n) once for every thread i of n, and return when all have. If another thread of the process runs a job at
-// the moment, the caller does all the work itself. Jobs do not throw and start no jobs.
-void run_on_all(Job job);
+// Run job(0, n) on the caller and job(i, n) on every worker i of n that comes before the caller is done; return when all
+// that came are done. A job hands its work out in pieces, so that whoever comes does some of it, and the caller all of it
+// if nobody comes: because they have no core at the moment, or serve another thread of the process. Jobs do not throw and
+// start no jobs.
+void run_together(Job job);
 
 // Call body(begin, end) over [0, num_items) in pieces of at most `grain` items, handed out as threads become free, so
 // that a thread that loses its core for a while does not hold up the others.

@@ -21,7 +21,7 @@ void parallel_for(std::int64_t num_items, std::int64_t grain, F&& body) {
       body(begin, std::min(begin + grain, num_items));
     }
   };
-  run_on_all(work);
+  run_together(work);
 }
 
 }  // namespace folovllm

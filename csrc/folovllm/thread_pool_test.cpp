@@ -12,7 +12,7 @@
 
 using namespace folovllm;
 
-TEST_CASE("each thread runs a job once") {
+TEST_CASE("the caller runs each job once, a worker at most once") {
   for (const int count : {1, 2, 5}) {
     set_num_threads(count);
     std::vector<std::atomic<int>> runs(static_cast<std::size_t>(count));
@@ -20,8 +20,9 @@ TEST_CASE("each thread runs a job once") {
       CHECK(num == count);
       runs[static_cast<std::size_t>(thread)].fetch_add(1);
     };
-    for (int i = 0; i < 200; ++i) run_on_all(job);
-    for (const auto& run : runs) CHECK(run.load() == 200);
+    for (int i = 0; i < 200; ++i) run_together(job);
+    CHECK(runs[0].load() == 200);
+    for (const auto& run : runs) CHECK(run.load() <= 200);
   }
 }
 
@@ -33,6 +34,40 @@ TEST_CASE("each item is done once") {
       for (auto i = begin; i < end; ++i) done[static_cast<std::size_t>(i)].fetch_add(1);
     });
     for (const auto& item : done) CHECK(item.load() == 1);
+  }
+}
+
+TEST_CASE("workers come to jobs that last") {
+  set_num_threads(4);
+  std::vector<std::atomic<bool>> came(4);
+  std::atomic<int> num_here{0};
+  auto job = [&](int thread, int num) {
+    if (!came[static_cast<std::size_t>(thread)].exchange(true)) num_here.fetch_add(1);
+    while (num_here.load() < num) std::this_thread::yield();
+  };
+  run_together(job);
+  CHECK(num_here.load() == 4);
+}
+
+TEST_CASE("nobody is inside a job that has returned") {
+  set_num_threads(3);
+  for (int i = 0; i < 2000; ++i) {
+    std::atomic<int> num_inside{0};
+    auto job = [&](int, int) {
+      num_inside.fetch_add(1);
+      num_inside.fetch_sub(1);
+    };
+    run_together(job);
+    CHECK(num_inside.load() == 0);
+  }
+}
+
+TEST_CASE("threads come and go between jobs") {
+  for (int i = 0; i < 50; ++i) {
+    set_num_threads(1 + i % 4);
+    std::atomic<int> sum{0};
+    parallel_for(64, 4, [&](std::int64_t begin, std::int64_t end) { sum.fetch_add(static_cast<int>(end - begin)); });
+    CHECK(sum.load() == 64);
   }
 }
 
