@@ -10,6 +10,7 @@ The process ends on ShutdownCore, SIGTERM, or when its parent is gone, however t
 """
 
 import argparse
+import gc
 import logging
 import queue
 import sys
@@ -80,6 +81,7 @@ class EngineCoreProc:
         try:
             self._input_thread.start()
             core = build_core()
+            gc.freeze()  # the model and all imports stay: a collection in the middle of a step need not look at them
             self._send(CoreReady(context_len=core.config.model_config.context_len, pool_tokens=core.pool_tokens))
             self._serve(core)
             return 0

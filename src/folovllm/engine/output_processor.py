@@ -18,7 +18,7 @@ from folovllm.transformers_utils.tokenizer import Tokenizer
 
 
 class RequestDelta(msgspec.Struct, gc=False):
-    """What one request gained since its caller last looked. Made for each token, hence no dataclass: a third the time."""
+    """What one request gained since its caller last looked. One per token: made in a third of a dataclass's time."""
 
     text: str = ""
     token_ids: list[int] = []

@@ -10,6 +10,7 @@ All ranks get the same steps and seeds and see the same logits, so they sample t
 
 import argparse
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -50,6 +51,7 @@ def serve(context: zmq.Context[zmq.Socket[bytes]], options: argparse.Namespace) 
             logger.exception("rank %d cannot start", options.rank)
             reports.send(msgspec.msgpack.encode(RankReport(options.rank, f"{type(error).__name__}: {error}")))
             return 1
+        gc.freeze()  # the model and all imports stay: a collection in the middle of a step need not look at them
         reports.send(msgspec.msgpack.encode(RankReport(options.rank)))
         decoder = msgspec.msgpack.Decoder(SchedulerOutput)
         poller = zmq.Poller()
