@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 MAX_POSITIONS = 256
 LLAMA3_ROPE = {
@@ -103,6 +111,17 @@ SHAPES = {
             extra={"attention_bias": True, "mlp_bias": True, **NO_EOS},
         ),
         Shape("mistral-full", MistralConfig, 64, 8, 2, 2, 160, False, 16, extra={"sliding_window": None, **NO_EOS}),
+        Shape(
+            "phi3-gqa4-window",  # as wide as the context, so that it changes nothing
+            Phi3Config,
+            64,
+            8,
+            2,
+            2,
+            182,
+            False,
+            extra={"sliding_window": MAX_POSITIONS, "pad_token_id": None, **NO_EOS},
+        ),
     )
 }
 

@@ -34,7 +34,7 @@ def quantize_weights(source: Path, options: GPTQOptions, zero_offset: int) -> tu
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
-@pytest.mark.parametrize("name", ["qwen3-gqa8-bias", "qwen2-gqa7"])
+@pytest.mark.parametrize("name", ["qwen3-gqa8-bias", "qwen2-gqa7", "phi3-gqa4-window"])
 @pytest.mark.parametrize(
     "config",
     [GPTQConfig(4, 32, False, True), GPTQConfig(4, 32, True, False, "gptq_v2"), GPTQConfig(8, -1, False, False)],

@@ -142,6 +142,26 @@ def test_ranks_hold_their_shares(group_size, native):
         torch.testing.assert_close(weights.forward(x), x @ reference[outputs, inputs].t(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("native", [True, False])
+def test_ranks_hold_their_shares_of_parts_that_the_checkpoint_fuses(desc_act, native):
+    config = GPTQConfig(4, 32, desc_act, False)
+    fused, bias = layer_of(config, 64, 96), torch.randn(64)
+    tensors = {**fused.named(), "bias": bias}
+    shares = (slice(16, 32), slice(8, 16), slice(8, 16))
+    weights = make_weights(
+        config, LinearShape(96, (32, 16, 16), True, True, slice(0, 96), shares), torch.float32, native=native
+    )
+    assert weights.fused_tensors() == {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
+    for suffix, tensor in tensors.items():
+        weights.load_fused(suffix, tensor)
+    weights.finish()
+    rows = [*range(16, 32), *range(40, 48), *range(56, 64)]
+    assert weights.bias is not None
+    assert torch.equal(weights.bias, bias[rows])
+    assert torch.equal(weights.row_major(), dequantize(fused, 4, 1)[rows])
+
+
 @pytest.mark.parametrize(
     ("config", "shape", "message"),
     [

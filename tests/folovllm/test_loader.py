@@ -15,7 +15,7 @@ from folovllm.errors import ModelLoadError
 from folovllm.model_executor.loader import INDEX_FILE, SINGLE_FILE, checkpoint_files
 from folovllm.worker.model_runner import ModelRunner
 
-TIED, UNTIED = "qwen3-wide-heads-gqa2", "qwen3-gqa8-bias"
+TIED, UNTIED, FUSED = "qwen3-wide-heads-gqa2", "qwen3-gqa8-bias", "phi3-gqa4-window"
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def parameters_of(runner: ModelRunner) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", [TIED, UNTIED, "qwen2-gqa7"])
+@pytest.mark.parametrize("name", [TIED, UNTIED, FUSED, "qwen2-gqa7"])
 def test_sharded_and_single_checkpoints_load_the_same(name, checkpoint):
     sharded = checkpoint(name, shards=True)
     assert len(checkpoint_files(sharded)) > 1
@@ -78,6 +78,28 @@ def test_merged_rows_keep_the_order_of_their_parts(checkpoint):
     for suffix in ("weight", "bias"):
         parts = [weights[f"{prefix}{part}_proj.{suffix}"] for part in "qkv"]
         assert torch.equal(parameters[f"{prefix}qkv_proj.{suffix}"], torch.cat(parts))
+
+
+def test_fused_projections_are_held_as_they_come(checkpoint):
+    weights = load_file(checkpoint(FUSED) / SINGLE_FILE)
+    parameters = parameters_of(make_runner(checkpoint(FUSED)))
+    assert set(parameters) == set(weights)
+    for name in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
+        assert torch.equal(parameters[f"model.layers.1.{name}.weight"], weights[f"model.layers.1.{name}.weight"])
+
+
+def test_parts_of_a_projection_that_must_be_fused_are_refused(copy_of):
+    directory, prefix = copy_of(FUSED), "model.layers.0.self_attn"
+    edit_weights(directory, lambda w: w.update({f"{prefix}.q_proj.weight": w.pop(f"{prefix}.qkv_proj.weight")[:64]}))
+    with pytest.raises(ModelLoadError, match=r"missing: .*qkv_proj\.weight; not part of the model: .*q_proj\.weight"):
+        make_runner(directory)
+
+
+def test_a_fused_projection_of_another_size_is_named_with_both_shapes(copy_of):
+    directory, name = copy_of(FUSED), "model.layers.0.self_attn.qkv_proj.weight"
+    edit_weights(directory, lambda w: w.update({name: w[name][:-8].clone()}))
+    with pytest.raises(ModelLoadError, match=r"qkv_proj\.weight .*\[88, 64\].*\[96, 64\]"):
+        make_runner(directory)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -212,6 +234,39 @@ def test_what_would_be_computed_wrongly_is_refused(changes, message, copy_of):
     edit_config(directory, **changes)
     with pytest.raises(ModelLoadError, match=message):
         make_runner(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window": 100}, "sliding_window=100, and requests can be 256 tokens long"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor"),
+        (
+            {
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+                "original_max_position_embeddings": 64,
+            },
+            "rope_type 'longrope'",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_some_phi3_checkpoints_ask_for_is_refused(changes, message, copy_of):
+    directory = copy_of(FUSED)
+    config = json.loads((directory / "config.json").read_text())
+    del config["rope_parameters"]
+    (directory / "config.json").write_text(json.dumps({"rope_theta": 1e4, **config, **changes}))
+    with pytest.raises(ModelLoadError, match=message):
+        make_runner(directory)
+
+
+def test_sliding_window_that_holds_every_request_is_accepted(copy_of):
+    directory = copy_of(FUSED)
+    edit_config(directory, sliding_window=100)
+    make_runner(directory, max_model_len=100)
+    with pytest.raises(ModelLoadError, match="sliding_window=100, and requests can be 101 tokens long"):
+        make_runner(directory, max_model_len=101)
 
 
 def test_sliding_window_that_no_layer_uses_is_accepted(copy_of, checkpoint):

@@ -87,7 +87,7 @@ def test_prefix_hit_on_another_requests_blocks_gives_the_same_tokens(checkpoint,
     assert outputs["first"] == outputs["second"] == reference(name, prompt, NUM_OUTPUT)
 
 
-@pytest.mark.parametrize("name", ["qwen3-wide-heads-gqa2", "qwen2-mha-5layers", "qwen3-yarn"])
+@pytest.mark.parametrize("name", ["qwen3-wide-heads-gqa2", "qwen2-mha-5layers", "qwen3-yarn", "phi3-gqa4-window"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_reduced_precision_logits_stay_close_to_transformers(name, dtype, checkpoint, hf_model):
     """Tolerance: 4 times the rounding unit of the dtype (2^-8, 2^-11) of the largest logit, for mean and 20 for max."""

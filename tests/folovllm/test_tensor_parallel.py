@@ -22,8 +22,9 @@ def generate(directory: Path, params: SamplingParams, **options: object) -> list
         return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)]
 
 
-# tied and untied heads, biases on row-parallel layers, a vocabulary that two ranks share and one they do not
-@pytest.mark.parametrize("name", ["qwen3-wide-heads-gqa2", "llama-biases", "mistral-full"])
+# tied and untied heads, biases on row-parallel layers, a vocabulary that two ranks share and one they do not,
+# projections that the checkpoint fuses
+@pytest.mark.parametrize("name", ["qwen3-wide-heads-gqa2", "llama-biases", "mistral-full", "phi3-gqa4-window"])
 def test_two_ranks_generate_what_one_does(name, checkpoint):
     greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     directory = checkpoint(name)

@@ -37,6 +37,7 @@ class Linear:
         *,
         bias: bool = False,
         split: Split = Split.NONE,
+        fused: str | None = None,
     ) -> None:
         """Announce the weights.
 
@@ -47,13 +48,18 @@ class Linear:
             parts: the checkpoint's name of each projection -> its out_features, in the order of the output columns.
             bias: whether every part has one.
             split: what the ranks share out.
+            fused: the checkpoint's name of the one projection that holds all parts, in their order; None: each its own.
         """
         self.parallel = context.parallel
         self.reduces = split is Split.INPUTS and context.parallel.size > 1
         self.weights = _make_weights(context, _shape(context, in_features, parts, bias, split))
-        for index, part in enumerate(parts):
-            for suffix, shape in self.weights.tensors(index).items():
-                context.weights.expect(f"{name}.{part}.{suffix}", shape, partial(self.weights.load, index, suffix))
+        if fused is None:
+            for index, part in enumerate(parts):
+                for suffix, shape in self.weights.tensors(index).items():
+                    context.weights.expect(f"{name}.{part}.{suffix}", shape, partial(self.weights.load, index, suffix))
+        else:
+            for suffix, shape in self.weights.fused_tensors().items():
+                context.weights.expect(f"{name}.{fused}.{suffix}", shape, partial(self.weights.load_fused, suffix))
         context.weights.when_filled(self.weights.finish)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ computes several projections of the same input in one matrix product; its parts 
 one after the other in the output:
 
     output row  =  q_proj's columns | k_proj's | v_proj's
+
+Some checkpoints hold the parts as one fused projection, in the same order; it is cut into its parts when it is loaded.
 """
 
 from abc import ABC, abstractmethod
@@ -75,6 +77,37 @@ class LinearWeights(ABC):
         Raises:
             ModelLoadError: its dtype is not one this format can have.
         """
+
+    def output_axis(self, suffix: str) -> int | None:
+        """The axis of a tensor along which its outputs lie; None: it is the same for all outputs."""
+        return 0
+
+    def fused_tensors(self) -> dict[str, tuple[int, ...]]:
+        """What the checkpoint holds of all parts, if it holds them as one projection: suffix -> whole shape."""
+        return {suffix: self._fused_shape(suffix) for suffix in self.tensors(0)}
+
+    def load_fused(self, suffix: str, tensor: torch.Tensor) -> None:
+        """`load` of every part, from the tensor that holds them all.
+
+        Raises:
+            ModelLoadError: its dtype is not one this format can have.
+        """
+        axis = self.output_axis(suffix)
+        start = 0
+        for part in range(len(self.shape.parts)):
+            if axis is None:
+                self.load(part, suffix, tensor)
+            else:
+                size = self.tensors(part)[suffix][axis]
+                self.load(part, suffix, tensor.narrow(axis, start, size))
+                start += size
+
+    def _fused_shape(self, suffix: str) -> tuple[int, ...]:
+        axis, first = self.output_axis(suffix), self.tensors(0)[suffix]
+        if axis is None:
+            return first
+        size = sum(self.tensors(part)[suffix][axis] for part in range(len(self.shape.parts)))
+        return (*first[:axis], size, *first[axis + 1 :])
 
     def finish(self) -> None:  # noqa: B027  (most formats have nothing left to do)
         """Everything has come; called once."""

@@ -137,6 +137,11 @@ class GPTQParts:
             tensors["bias"] = (outputs,)
         return tensors
 
+    @staticmethod
+    def output_axis(suffix: str) -> int | None:
+        """Outputs are the columns of the packed tensors; which group an input belongs to is the same for all."""
+        return {"g_idx": None, "bias": 0}.get(suffix, 1)
+
     def add(self, part: int, suffix: str, tensor: torch.Tensor) -> bool:
         """Keep a tensor, without copying it.
 
@@ -197,6 +202,10 @@ class GPTQLinearWeights(LinearWeights):
     def tensors(self, part: int) -> dict[str, tuple[int, ...]]:
         """The four packed tensors, and the bias."""
         return self._parts.tensors(part)
+
+    def output_axis(self, suffix: str) -> int | None:
+        """Of the packed tensors."""
+        return self._parts.output_axis(suffix)
 
     def load(self, part: int, suffix: str, tensor: torch.Tensor) -> None:
         """Pack, once the layer is complete."""
@@ -286,6 +295,10 @@ class DequantizedGPTQWeights(TorchWeights):
     def tensors(self, part: int) -> dict[str, tuple[int, ...]]:
         """The four packed tensors, and the bias."""
         return self._parts.tensors(part)
+
+    def output_axis(self, suffix: str) -> int | None:
+        """Of the packed tensors."""
+        return self._parts.output_axis(suffix)
 
     def load(self, part: int, suffix: str, tensor: torch.Tensor) -> None:
         """Dequantise, once the layer is complete."""

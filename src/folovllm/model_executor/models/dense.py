@@ -32,6 +32,8 @@ class DenseTraits:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each query and key head, before the rotation."""
+    fused_projections: bool = False
+    """The checkpoint holds q, k and v as one `qkv_proj`, and gate and up as one `gate_up_proj`."""
 
 
 class SelfAttention:
@@ -48,6 +50,7 @@ class SelfAttention:
             {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
             bias=traits.qkv_bias,
             split=Split.OUTPUTS,
+            fused="qkv_proj" if traits.fused_projections else None,
         )
         self.o_proj = Linear(
             context, name, q_size, {"o_proj": config.hidden_size}, bias=traits.output_bias, split=Split.INPUTS
@@ -78,8 +81,15 @@ class GatedMLP:
             raise ModelLoadError(f"hidden_act {config.hidden_act!r} is not supported; supported: silu")
         size, hidden, bias = config.intermediate_size, config.hidden_size, traits.mlp_bias
         self.ops = context.ops
-        parts = {"gate_proj": size, "up_proj": size}
-        self.gate_up_proj = Linear(context, name, hidden, parts, bias=bias, split=Split.OUTPUTS)
+        self.gate_up_proj = Linear(
+            context,
+            name,
+            hidden,
+            {"gate_proj": size, "up_proj": size},
+            bias=bias,
+            split=Split.OUTPUTS,
+            fused="gate_up_proj" if traits.fused_projections else None,
+        )
         self.down_proj = Linear(context, name, size, {"down_proj": hidden}, bias=bias, split=Split.INPUTS)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -123,7 +133,7 @@ class DenseForCausalLM:
 
     def __init__(self, context: BuildContext) -> None:
         config = context.hf_config
-        refuse_unsupported(config)
+        refuse_unsupported(config, context.max_positions)
         traits = self.traits(config)
         self.ops = context.ops
         self.cos_sin = rotary_table(
@@ -162,18 +172,20 @@ class DenseForCausalLM:
         return [layer.self_attn.attn for layer in self.layers]
 
 
-def refuse_unsupported(hf_config: PretrainedConfig) -> None:
+def refuse_unsupported(hf_config: PretrainedConfig, max_positions: int) -> None:
     """Refuse what would otherwise be computed wrongly.
 
     Raises:
-        ModelLoadError: sliding-window attention.
+        ModelLoadError: sliding-window attention, with a window shorter than requests can get.
     """
-    has_sliding_layers = "sliding_attention" in (getattr(hf_config, "layer_types", None) or ())
-    # Without a list of layers, a window stands for all of them, unless it is switched off.
     window = getattr(hf_config, "sliding_window", None)
-    applies_to_all = not getattr(hf_config, "layer_types", None) and getattr(hf_config, "use_sliding_window", True)
-    if has_sliding_layers or (window is not None and applies_to_all):
+    layer_types = getattr(hf_config, "layer_types", None)
+    if layer_types:
+        is_sliding = "sliding_attention" in layer_types
+    else:  # without a list of layers, a window stands for all of them, unless it is switched off
+        is_sliding = window is not None and getattr(hf_config, "use_sliding_window", True)
+    if is_sliding and (window is None or window < max_positions):
         raise ModelLoadError(
-            f"config.json enables sliding-window attention (sliding_window={window}), "
-            "which is not supported; only full attention is"
+            f"sliding-window attention is not supported: config.json has sliding_window={window}, and requests can be "
+            f"{max_positions} tokens long; set max_model_len to at most the window"
         )

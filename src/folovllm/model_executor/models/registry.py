@@ -6,12 +6,14 @@ from folovllm.errors import ModelLoadError
 from folovllm.model_executor.models.dense import DenseForCausalLM
 from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.model_executor.models.mistral import MistralForCausalLM
+from folovllm.model_executor.models.phi3 import Phi3ForCausalLM
 from folovllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from folovllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 MODELS: dict[str, type[DenseForCausalLM]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": MistralForCausalLM,
+    "Phi3ForCausalLM": Phi3ForCausalLM,
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
     "Qwen3ForCausalLM": Qwen3ForCausalLM,
 }
