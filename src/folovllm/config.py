@@ -5,7 +5,8 @@ Importing it costs neither torch nor transformers, which server front ends never
 `folovllm.engine.arg_utils`.
 """
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-AttentionBackendName = Literal["auto", "torch_naive", "paged", "flash_attn"]
+logger = logging.getLogger(__name__)
+
+AttentionBackendName = Literal["auto", "torch_naive", "paged", "triton_unified", "flash_attn"]
 
 SchedulingPolicy = Literal["fcfs", "priority"]
 
@@ -97,9 +100,11 @@ class CacheConfig:
     block_size: int
     """Tokens of one block."""
     num_kv_blocks: int
-    """Blocks of the pool, the null block included."""
+    """Blocks of the pool, the null block included; 0 until a worker has found out how many the device holds."""
     enable_prefix_caching: bool
     prefix_caching_hash_algo: str = "sha256_cbor"
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that all together may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,3 +147,28 @@ class EngineConfig:
         model, parallel = self.model_config, self.parallel_config
         elements = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
         return 2 * elements * self.cache_config.block_size * model.dtype.itemsize
+
+
+def fit_to_pool(config: EngineConfig, num_kv_blocks: int) -> EngineConfig:
+    """Set the pool's size and what depends on it."""
+    model, scheduler = config.model_config, config.scheduler_config
+    capacity = (num_kv_blocks - 1) * config.cache_config.block_size  # block 0 is the null block
+    max_model_len = min(model.context_len, capacity)
+    if max_model_len < model.context_len:
+        logger.warning(
+            "max_model_len=%d is more than the KV cache holds; using %d (num_kv_blocks=%d); "
+            "raise num_kv_blocks or kv_cache_memory_gb for longer requests",
+            model.context_len,
+            max_model_len,
+            num_kv_blocks,
+        )
+    if not scheduler.enable_chunked_prefill:
+        # A prompt runs in one step, so the budget must hold the longest one.
+        budget = max(scheduler.max_num_batched_tokens, max_model_len)
+        scheduler = replace(scheduler, max_num_batched_tokens=budget)
+    return replace(
+        config,
+        model_config=replace(model, max_model_len=max_model_len),
+        cache_config=replace(config.cache_config, num_kv_blocks=num_kv_blocks),
+        scheduler_config=scheduler,
+    )

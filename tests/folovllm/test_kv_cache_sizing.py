@@ -1,11 +1,16 @@
 """How many KV blocks fit: the arithmetic, and the step that is measured, on the CPU."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.folovllm.runner_driver import make_runner
 
+from folovllm.engine.arg_utils import EngineArgs
+from folovllm.engine.core import EngineCore
 from folovllm.errors import ConfigError
+from folovllm.worker import kv_cache_sizing
 from folovllm.worker.kv_cache_sizing import MemoryProfile, largest_step, num_blocks_that_fit, run_largest_step
 
 GIB = 2**30
@@ -50,3 +55,32 @@ def test_the_largest_step_fills_the_budget_and_runs(checkpoint, options, lengths
     before = {name: cache.clone() for name, cache in runner.kv_caches.items()}
     run_largest_step(runner.config, runner.model, runner.backend)
     assert all((runner.kv_caches[name] == cache).all() for name, cache in before.items())
+
+
+def test_the_engine_takes_the_number_of_blocks_that_its_worker_found(checkpoint, monkeypatch):
+    args = EngineArgs(model=str(checkpoint(NAME)), device="cpu", dtype="float32", block_size=4, num_kv_blocks=2)
+    config = args.resolve()
+    config = replace(config, cache_config=replace(config.cache_config, num_kv_blocks=0))
+    room = int(50.5 * config.kv_block_bytes)
+
+    def profile(run, device):
+        run()
+        return MemoryProfile(room * 2, room * 2, room)
+
+    monkeypatch.setattr(kv_cache_sizing, "profile_memory", profile)
+    config = replace(config, cache_config=replace(config.cache_config, gpu_memory_utilization=1.0))
+    core = EngineCore(config)
+    try:
+        assert core.config.cache_config.num_kv_blocks == 50
+        assert core.pool_tokens == 49 * 4
+        assert core.config.model_config.max_model_len == 49 * 4
+        runner = core.executor.worker.model_runner
+        assert {len(cache) for cache in runner.kv_caches.values()} == {50}
+    finally:
+        core.shutdown()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.1, -0.5])
+def test_a_utilization_that_is_no_share_is_refused(checkpoint, value):
+    with pytest.raises(ConfigError, match="gpu_memory_utilization"):
+        EngineArgs(model=str(checkpoint(NAME)), gpu_memory_utilization=value).check()

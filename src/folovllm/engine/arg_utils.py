@@ -22,6 +22,7 @@ from folovllm.config import (
     ParallelConfig,
     SchedulerConfig,
     SchedulingPolicy,
+    fit_to_pool,
 )
 from folovllm.errors import ConfigError, ModelLoadError
 
@@ -62,6 +63,9 @@ class EngineArgs:
     num_kv_blocks: int | None = None
     """Blocks of the device pool; else `kv_cache_memory_gb` decides."""
     kv_cache_memory_gb: float | None = None
+    """Size of the device pool; None takes 1 GiB on a CPU, and on a GPU what `gpu_memory_utilization` leaves."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights, steps and KV pool may take together."""
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     scheduling_policy: SchedulingPolicy = "fcfs"
@@ -118,6 +122,10 @@ class EngineArgs:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}={value!r} is not allowed; it must be positive")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} is not allowed; it must be above 0 and at most 1"
+            )
         if self.long_prefill_token_threshold < 0:
             raise ConfigError(
                 f"long_prefill_token_threshold={self.long_prefill_token_threshold} is not allowed; it must be 0 or more"
@@ -163,7 +171,9 @@ class EngineArgs:
         parallel_config = ParallelConfig(tensor_parallel_size=self.tensor_parallel_size)
         config = EngineConfig(
             model_config=model_config,
-            cache_config=CacheConfig(self.block_size, 0, self.enable_prefix_caching),
+            cache_config=CacheConfig(
+                self.block_size, 0, self.enable_prefix_caching, gpu_memory_utilization=self.gpu_memory_utilization
+            ),
             scheduler_config=SchedulerConfig(
                 # Each running request needs a token of the budget, or those at the end would starve.
                 max_num_seqs=min(self.max_num_seqs, self.max_num_batched_tokens),
@@ -185,7 +195,11 @@ class EngineArgs:
             enforce_eager=self.enforce_eager,
             options=msgspec.to_builtins(self),
         )
-        return _fit_to_pool(config, self._num_kv_blocks(config.kv_block_bytes))
+        if device.type == "cuda" and self.num_kv_blocks is None and self.kv_cache_memory_gb is None:
+            # The worker will tell; until then as if the longest request fitted.
+            fitted = fit_to_pool(config, 1 - (-config.model_config.context_len // self.block_size))
+            return replace(fitted, cache_config=config.cache_config)
+        return fit_to_pool(config, self._num_kv_blocks(config.kv_block_bytes))
 
     def _num_kv_blocks(self, block_bytes: int) -> int:
         if self.num_kv_blocks is not None:
@@ -278,28 +292,3 @@ def _convert(name: str, value: Any, kind: type[Any]) -> Any:
     except msgspec.ValidationError as error:
         allowed = ", ".join(kind.__struct_fields__)
         raise ConfigError(f"{name} is not valid: {error}; known keys: {allowed}") from error
-
-
-def _fit_to_pool(config: EngineConfig, num_kv_blocks: int) -> EngineConfig:
-    """Set the pool's size and what depends on it."""
-    model, scheduler = config.model_config, config.scheduler_config
-    capacity = (num_kv_blocks - 1) * config.cache_config.block_size  # block 0 is the null block
-    max_model_len = min(model.context_len, capacity)
-    if max_model_len < model.context_len:
-        logger.warning(
-            "max_model_len=%d is more than the KV cache holds; using %d (num_kv_blocks=%d); "
-            "raise num_kv_blocks or kv_cache_memory_gb for longer requests",
-            model.context_len,
-            max_model_len,
-            num_kv_blocks,
-        )
-    if not scheduler.enable_chunked_prefill:
-        # A prompt runs in one step, so the budget must hold the longest one.
-        budget = max(scheduler.max_num_batched_tokens, max_model_len)
-        scheduler = replace(scheduler, max_num_batched_tokens=budget)
-    return replace(
-        config,
-        model_config=replace(model, max_model_len=max_model_len),
-        cache_config=replace(config.cache_config, num_kv_blocks=num_kv_blocks),
-        scheduler_config=scheduler,
-    )

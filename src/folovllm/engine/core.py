@@ -64,6 +64,7 @@ class EngineCore:
             # Before the connector's scheduler half: its worker half registers the KV tensors.
             self.executor = executor if executor is not None else create_executor(config)
             built.callback(self.executor.shutdown)
+            self.config = config = self.executor.config or config
             transfer = config.kv_transfer_config
             self.connector = create_connector(config, KVConnectorRole.SCHEDULER) if transfer is not None else None
             if self.connector is not None:

@@ -198,7 +198,6 @@ _SHORT_HELPS = {
     "device": "Where the model runs.",
     "dtype": "Type of weights and KV cache; auto takes the checkpoint's.",
     "block_size": "Tokens of one KV block.",
-    "kv_cache_memory_gb": "Size of the device's KV pool instead.",
     "enable_prefix_caching": "Reuse the KV of shared prefixes.",
     "enable_chunked_prefill": "Compute long prompts in several steps.",
     "attention_backend": "Force one of the attention implementations.",

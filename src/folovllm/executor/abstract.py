@@ -3,11 +3,15 @@
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
 
+from folovllm.config import EngineConfig
 from folovllm.core.sched.output import ModelRunnerOutput, SchedulerOutput
 
 
 class Executor(ABC):
     """Runs steps on all ranks, in the order in which they are given. Used by the engine core's thread."""
+
+    config: EngineConfig | None = None
+    """With what only a loaded model could tell, such as the number of KV blocks; None: nothing was left open."""
 
     @abstractmethod
     def execute_model(self, scheduler_output: SchedulerOutput) -> Future[ModelRunnerOutput]:

@@ -100,6 +100,7 @@ class MultiprocExecutor(Executor):
             self._thread = built.enter_context(StepThread(config.scheduler_config.async_scheduling))
             self.worker = self._thread.call(lambda: self._load(config, directory, built)).result()
             self._wait_for_ranks(reports)
+            self.config = self.worker.config
             self._encoder = msgspec.msgpack.Encoder()
             self._resources = built.pop_all()
 

@@ -20,6 +20,7 @@ class UniProcExecutor(Executor):
         except BaseException:
             self._thread.close()
             raise
+        self.config = self.worker.config
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Future[ModelRunnerOutput]:
         """Run one step, or hand it to the worker's thread."""

@@ -23,6 +23,7 @@ from folovllm.ops.abstract import Ops
 from folovllm.ops.cpu_ops import CPUOps
 from folovllm.ops.torch_ops import TorchOps
 from folovllm.ops.workspace import Workspace
+from folovllm.triton_support import has_triton
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def load_model(config: EngineConfig, backend: AttentionBackend, parallel: Tensor
     files = checkpoint_files(directory)
     has_native_kernels = config.device.type == "cpu" and config.kernels == "auto"
     workspace = Workspace(config.device) if has_native_kernels else None
-    ops: Ops = CPUOps(model_config.dtype, workspace) if workspace is not None else TorchOps(model_config.dtype)
+    ops = _make_ops(config, workspace)
     context = BuildContext(
         hf_config=model_config.hf_config,
         dtype=model_config.dtype,
@@ -63,6 +64,17 @@ def load_model(config: EngineConfig, backend: AttentionBackend, parallel: Tensor
     took = time.monotonic() - started
     logger.info("model loaded architecture=%s files=%d seconds=%.2f", model_class.__name__, len(files), took)
     return model
+
+
+def _make_ops(config: EngineConfig, workspace: Workspace | None) -> Ops:
+    dtype = config.model_config.dtype
+    if workspace is not None:
+        return CPUOps(dtype, workspace)
+    if config.device.type == "cuda" and config.kernels == "auto" and has_triton():
+        from folovllm.ops.triton_ops import TritonOps
+
+        return TritonOps(dtype)
+    return TorchOps(dtype)
 
 
 def checkpoint_files(directory: Path) -> list[Path]:

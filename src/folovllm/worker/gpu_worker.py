@@ -19,7 +19,7 @@ class GPUWorker(WorkerBase):
         # Compiles kernels, and finds out now rather than later whether the largest step has room.
         run_largest_step(runner.config, runner.model, runner.backend)
         if not config.enforce_eager and runner.backend.supports_cuda_graphs:
-            self._capture_decodes(config)
+            self._capture_decodes(runner.config)
 
     def prepare_device(self, config: EngineConfig) -> None:
         """Make the device current for this thread."""

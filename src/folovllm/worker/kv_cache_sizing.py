@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
-from folovllm.config import EngineConfig
+from folovllm.config import EngineConfig, fit_to_pool
 from folovllm.errors import ConfigError
 from folovllm.model_executor.forward_context import ForwardContext
 from folovllm.model_executor.layers.attention import Attention
+from folovllm.model_executor.parallel import TensorParallel
 
 
 class ProfiledModel(Protocol):
@@ -119,3 +120,17 @@ def run_largest_step(config: EngineConfig, model: ProfiledModel, backend: Attent
     hidden = model(torch.zeros(num_tokens, dtype=torch.int32, device=device), put(positions), context)
     logits = model.compute_logits(hidden[: config.scheduler_config.max_num_seqs])
     torch.softmax(logits.float() / 2.0, dim=-1)
+
+
+def size_kv_cache(
+    config: EngineConfig, model: ProfiledModel, backend: AttentionBackend, parallel: TensorParallel
+) -> EngineConfig:
+    """The configuration with as many blocks as every rank's CUDA device has room for.
+
+    Raises:
+        ConfigError: there is no room.
+    """
+    profile = profile_memory(lambda: run_largest_step(config, model, backend), config.device)
+    own = num_blocks_that_fit(profile, config.cache_config.gpu_memory_utilization, config.kv_block_bytes)
+    every = parallel.all_gather(torch.tensor([[own]], dtype=torch.int64, device=config.device))
+    return fit_to_pool(config, int(every.min()))

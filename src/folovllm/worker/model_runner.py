@@ -19,6 +19,7 @@ from folovllm.model_executor.recorded_forward import Forward, record_forward
 from folovllm.worker import kv_memory
 from folovllm.worker.connector_step import run_with_connector
 from folovllm.worker.input_batch import CachedRequestState, InputBatch
+from folovllm.worker.kv_cache_sizing import size_kv_cache
 from folovllm.worker.sampling_step import SamplingStep
 from folovllm.worker.step_inputs import InputPreparer, StepInputs
 
@@ -42,6 +43,9 @@ class ModelRunner:
         self.compute: Forward = self.model
         if not config.enforce_eager:
             self.compute = record_forward(self.model, self.backend, tensor_parallel)
+        if config.cache_config.num_kv_blocks == 0:
+            config = self.config = size_kv_cache(config, self.model, self.backend, tensor_parallel)
+            model_config = config.model_config
         shape = (config.cache_config.num_kv_blocks, 2, num_kv_heads, self.block_size, head_size)
         # Zeros, not empty: masked attention still multiplies what it masks, and must not meet a NaN.
         self.kv_caches = {

@@ -15,6 +15,7 @@ class WorkerBase(ABC):
     def __init__(self, config: EngineConfig, parallel: TensorParallel) -> None:
         self.prepare_device(config)
         self.model_runner = ModelRunner(config, parallel)
+        config = self.config = self.model_runner.config
         if config.kv_transfer_config is not None:
             connector = create_connector(config, KVConnectorRole.WORKER)
             connector.register_kv_caches(self.model_runner.kv_caches)

@@ -38,6 +38,11 @@ class FlexKVConnectorV1Impl:
         else:
             self._worker = WorkerConnector(config)
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: Mapping[str, Any]) -> bool:
+        """Return False: nothing is loaded or saved layer by layer, so whole decode steps may be CUDA graphs."""
+        return False
+
     # -- scheduler half --------------------------------------------------------------------------------------------
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """Return how many more tokens the store has, and whether they load asynchronously."""
