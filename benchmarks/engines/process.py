@@ -35,8 +35,8 @@ class EngineProcess:
         self.generate([[7, 8, 9]], 1)
         self.start_s = time.perf_counter() - started
 
-    def generate(self, prompts: list[list[int]], max_tokens: int | list[int]) -> dict[str, float]:
-        """Run the prompts greedily; returns {"seconds", "num_output_tokens"}."""
+    def generate(self, prompts: list[list[int]], max_tokens: int | list[int]) -> dict[str, Any]:
+        """Run the prompts greedily; returns {"seconds", "num_output_tokens", "first_answer"}."""
         return self._ask({"prompts": prompts, "max_tokens": max_tokens})
 
     def reset_prefix_cache(self) -> None:
