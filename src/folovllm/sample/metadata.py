@@ -23,7 +23,7 @@ class SamplingMetadata:
     top_p: npt.NDArray[np.float32]
     seeds: npt.NDArray[np.uint64]
     output_positions: npt.NDArray[np.int64]
-    """Index of the token being drawn among the request's output tokens."""
+    """Index of the token being drawn among the request's output tokens; of greedy rows it may be an older one."""
     masked_rows: npt.NDArray[np.int64]
     """With `masked_token_ids`: pairs of (row, token) that may not be drawn (`min_tokens`)."""
     masked_token_ids: npt.NDArray[np.int64]

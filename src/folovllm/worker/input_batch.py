@@ -53,7 +53,7 @@ class InputBatch:
         # Rows with the rarer options: without any a step skips what they need.
         self.num_processed = 0
         self.num_with_prompt_logprobs = 0
-        self._num_min_p = self._num_with_logprobs = self._num_min_tokens = 0
+        self._num_min_p = self._num_with_logprobs = self._num_min_tokens = self._num_random = 0
         # One more than the context: the last token may still be sampled there. Untouched pages cost nothing.
         self.token_ids = np.zeros((max_num_reqs, max_model_len + 1), dtype=np.int32)
         self.block_table = np.zeros((max_num_reqs, -(-max_model_len // block_size)), dtype=np.int32)
@@ -148,12 +148,14 @@ class InputBatch:
 
     def sampling_metadata(self, rows: Rows) -> SamplingMetadata:
         """The options of the rows that sample in this step, in their order."""
-        positions = self.num_tokens[rows] - self.num_prompt_tokens[rows]
         if self._sampling is not None and self._sampling[0] is rows:
             options = self._sampling[1]
+            if self._is_plain_greedy:
+                return options
         else:
-            options = self._sampling_options(rows, positions)
+            options = self._sampling_options(rows)
             self._sampling = rows, options
+        positions = self.num_tokens[rows] - self.num_prompt_tokens[rows]
         masked_rows, masked_token_ids = self._masked(rows, positions) if self._num_min_tokens else (_NO_ROWS, _NO_ROWS)
         return SamplingMetadata(
             temperature=options.temperature,
@@ -168,14 +170,19 @@ class InputBatch:
             num_logprobs=options.num_logprobs,
         )
 
-    def _sampling_options(self, rows: Rows, positions: Rows) -> SamplingMetadata:
+    @property
+    def _is_plain_greedy(self) -> bool:
+        """Whether nothing that a step's sampling does depends on where its rows are in their outputs."""
+        return not (self._num_random or self._num_min_tokens or self.num_processed)
+
+    def _sampling_options(self, rows: Rows) -> SamplingMetadata:
         """What stays the same from step to step."""
         return SamplingMetadata(
             temperature=self.temperature[rows],
             top_k=self.top_k[rows],
             top_p=self.top_p[rows],
             seeds=self.seeds[rows],
-            output_positions=positions,
+            output_positions=self.num_tokens[rows] - self.num_prompt_tokens[rows],
             masked_rows=_NO_ROWS,
             masked_token_ids=_NO_ROWS,
             min_p=self.min_p[rows] if self._num_min_p else None,
@@ -207,6 +214,7 @@ class InputBatch:
         self._num_min_p += change * (state.sampling_params.min_p > 0.0)
         self._num_with_logprobs += change * (state.num_logprobs >= 0)
         self._num_min_tokens += change * (state.sampling_params.min_tokens > 0)
+        self._num_random += change * (not state.sampling_params.is_greedy)
 
     def _forget_last_step(self) -> None:
         self._scheduled, self._sampling = [], None
