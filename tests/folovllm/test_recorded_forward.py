@@ -1,5 +1,6 @@
 """A recorded forward pass: the same bits as the model's own, for steps of every shape; never of what cannot repeat."""
 
+import dataclasses
 import random
 
 import pytest
@@ -91,6 +92,28 @@ def test_a_step_with_more_tokens_than_the_buffers_is_recorded_anew(checkpoint):
     assert calls_of(60) == 0
     assert calls_of(100) == 2
     assert calls_of(120) == calls_of(3) == 0
+
+
+def test_inputs_elsewhere_are_read_where_they_are(checkpoint):
+    runner = make_runner(checkpoint(NAME), attention_backend="paged")
+    counted, recorded = record(runner), runner.compute
+    expected = RunnerDriver(runner).generate([[1, 2, 3], [4, 5]], 6)
+    before = counted.num_calls
+
+    def moved(input_ids, positions, context):
+        """All inputs copied, and the originals spoilt."""
+        metadata = context.attn_metadata
+        names = ("slot_mapping", "query_start_loc", "seq_lens", "block_tables")
+        copies = dataclasses.replace(metadata, **{name: getattr(metadata, name).clone() for name in names})
+        copies = dataclasses.replace(copies, backend_plan=runner.backend.plan(copies))
+        elsewhere = input_ids.clone(), positions.clone()
+        input_ids.zero_()
+        metadata.slot_mapping.zero_()
+        return recorded(*elsewhere, dataclasses.replace(context, attn_metadata=copies))
+
+    runner.compute = moved
+    assert RunnerDriver(runner).generate([[1, 2, 3], [4, 5]], 6) == expected
+    assert counted.num_calls > before
 
 
 def test_a_pass_in_which_torch_computes_is_never_recorded(checkpoint):

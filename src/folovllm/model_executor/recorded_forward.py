@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from folovllm import _native
-from folovllm.attention.backends.abstract import AttentionBackend
+from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
 from folovllm.model_executor.forward_context import ForwardContext
 from folovllm.model_executor.models.dense import DenseForCausalLM
 from folovllm.model_executor.parallel import TensorParallel
@@ -31,8 +31,8 @@ Forward = Callable[[torch.Tensor, torch.Tensor, ForwardContext], torch.Tensor]
 class RecordedForward:
     """A `Forward` that records another one. Used by one thread.
 
-    REQUIRES: `forward` writes its result into a buffer of one of the workspaces, and the tensors of every step lie at
-    the same addresses.
+    REQUIRES: `forward` calls the same kernels for any number of tokens, and writes its result into a buffer of one of
+    the workspaces. A step whose inputs lie elsewhere than the last one's is recorded anew.
     """
 
     def __init__(self, forward: Forward, workspaces: Sequence[Workspace]) -> None:
@@ -41,7 +41,8 @@ class RecordedForward:
         self._recording = _native.Recording()
         # The buffer of the recorded pass's result, with the rows that all its buffers have; none: nothing is recorded.
         self._hidden: torch.Tensor | None = None
-        self._generation = 0
+        # Where it read its inputs, and the generation of the workspaces: elsewhere it does not hold.
+        self._places: tuple[tuple[int, ...], int] | None = None
         # All buffers have rows for so many.
         self._most_tokens = 0
         self._can_record = True
@@ -53,25 +54,27 @@ class RecordedForward:
         assert metadata is not None
         if context.layer_hooks is not None or not self._can_record:
             return self._forward(input_ids, positions, context)
-        sizes = num_tokens, len(metadata.seq_lens), metadata.block_tables.stride(0)
-        if self._hidden is None or self._generation != self._workspace_generation() or num_tokens > len(self._hidden):
+        sizes = num_tokens, metadata.seq_lens.shape[0], metadata.block_tables.stride(0)
+        places = _addresses(input_ids, positions, metadata), self._workspace_generation()
+        if self._hidden is None or places != self._places or num_tokens > self._hidden.shape[0]:
+            self._places = places
             return self._record(input_ids, positions, context, sizes)
         self._recording.run(*sizes)
-        return self._hidden if num_tokens == len(self._hidden) else self._hidden[:num_tokens]
+        return self._hidden if num_tokens == self._hidden.shape[0] else self._hidden[:num_tokens]
 
     def _record(
         self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext, sizes: tuple[int, int, int]
     ) -> torch.Tensor:
         self._hidden = None
         self._most_tokens = max(self._most_tokens, sizes[0])
-        self._generation = self._workspace_generation()
+        generation = self._workspace_generation()
         self._recording.begin(*sizes)
         try:
             with _TorchWatch() as watch:
                 hidden = self._forward(input_ids, positions, context)
         finally:
             is_whole = self._recording.end()
-        if self._generation != self._workspace_generation():
+        if generation != self._workspace_generation():
             return hidden  # a buffer came or grew, perhaps behind the back of the recording: the next step will do
         buffers = [b for workspace in self._workspaces if (b := workspace.buffer_of(hidden)) is not None]
         if not is_whole or watch.computed is not None or not buffers:
@@ -84,6 +87,18 @@ class RecordedForward:
 
     def _workspace_generation(self) -> int:
         return sum(workspace.generation for workspace in self._workspaces)
+
+
+def _addresses(input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata) -> tuple[int, ...]:
+    """Of all that native kernels read of a step."""
+    return (
+        input_ids.data_ptr(),
+        positions.data_ptr(),
+        metadata.slot_mapping.data_ptr(),
+        metadata.query_start_loc.data_ptr(),
+        metadata.seq_lens.data_ptr(),
+        metadata.block_tables.data_ptr(),
+    )
 
 
 # Of torch's functions, these look at a tensor or show it in another shape; properties do no more either.
