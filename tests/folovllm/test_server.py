@@ -366,7 +366,9 @@ def test_load_generator_measures_a_server(
     figures = json.loads(out.read_text())
     assert (figures["completed"], figures["failed"]) == (6, 0)
     for name in ("TTFT (ms)", "TPOT (ms)", "ITL (ms)", "E2EL (ms)"):
-        assert 0 < figures[name]["p50"] <= figures[name]["p90"] <= figures[name]["p99"]
+        assert figures[name] is None or figures[name]["p50"] <= figures[name]["p90"] <= figures[name]["p99"]
+    for name in ("TTFT (ms)", "E2EL (ms)"):  # between tokens it may be none: a short text arrives in one piece
+        assert figures[name]["p50"] > 0
 
 
 def test_load_generator_names_what_is_wrong(server: Server) -> None:
