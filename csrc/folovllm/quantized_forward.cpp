@@ -1,5 +1,7 @@
 // How a quantised layer is applied:
 //
+//   bf16 with matrix tiles: parts of each panel become bf16 integers in the first level cache, for all rows at once
+//
 //   few rows, or bits that must not depend on their number: each panel is dequantised in registers, again for every
 //   12 rows; weights cross from memory in their packed size
 //
@@ -23,6 +25,7 @@ namespace {
 // Rows at a time: bounds the buffers. Those of a panel's sums lie on a thread's stack.
 constexpr std::int64_t kFewRows = 240;
 constexpr std::int64_t kManyRows = 1024;
+constexpr std::int64_t kTileRows = 512;
 
 quantized::PanelKernel panel_kernel(Isa isa, bool takes_bf16) {
   if (takes_bf16) return quantized::run_panel_avx512_bf16;
@@ -36,8 +39,8 @@ quantized::PanelDequantizer panel_dequantizer(Isa isa) {
   return isa == Isa::kAvx2 ? quantized::dequantize_avx2 : quantized::dequantize_portable;
 }
 
-// From how many rows on writing a panel out as bf16 pays: tiles multiply so fast that it does almost at once.
-std::int64_t rows_to_dequantize(Isa isa) { return isa == Isa::kAmx ? 10 : 48; }
+// From how many rows on writing a panel out as bf16 pays.
+constexpr std::int64_t kRowsToDequantize = 48;
 
 // Memory of a thread, kept from call to call.
 enum class Use { kWide, kPermuted, kSums, kPrepared, kPanel };
@@ -119,23 +122,45 @@ void QuantizedLinear::store(const float* sums, std::int64_t panel, std::int64_t 
 
 void QuantizedLinear::forward(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,
                               std::int64_t out_stride, DType out_type, bool batch_invariant) const {
-  const Isa isa = current_isa();
   // The kernels of unquantised layers write fp32 or the layer's own dtype.
   const bool can_dequantize = dtype_ == DType::kBFloat16 && out_type != DType::kFloat16 && !batch_invariant;
-  const bool dequantizes = can_dequantize && num_rows >= rows_to_dequantize(isa);
-  const std::int64_t block = dequantizes ? kManyRows : kFewRows;
+  const bool has_tiles = dtype_ == DType::kBFloat16 && current_isa() >= Isa::kAmx;
+  const bool dequantizes = !has_tiles && can_dequantize && num_rows >= kRowsToDequantize;
+  const std::int64_t block = has_tiles ? kTileRows : dequantizes ? kManyRows : kFewRows;
   const auto x_bytes = static_cast<std::int64_t>(size_of(dtype_));
   const auto out_bytes = static_cast<std::int64_t>(size_of(out_type));
   for (std::int64_t row = 0; row < num_rows; row += block) {
     const std::int64_t count = std::min(block, num_rows - row);
     const std::byte* const source = x + row * x_stride * x_bytes;
     std::byte* const target = out + row * out_stride * out_bytes;
-    if (dequantizes) {
+    if (has_tiles) {
+      forward_tiles(source, count, x_stride, target, out_stride, out_type);
+    } else if (dequantizes) {
       forward_dequantized(source, count, x_stride, target, out_stride, out_type);
     } else {
       forward_packed(source, count, x_stride, target, out_stride, out_type);
     }
   }
+}
+
+void QuantizedLinear::forward_tiles(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,
+                                    std::int64_t out_stride, DType out_type) const {
+  const Input input = prepare(x, num_rows, x_stride, true, false);
+  std::byte* const prepared = scratch<Use::kPrepared>(quantized::amx_prepared_bytes(shape_, num_rows));
+  auto* const group_sums = reinterpret_cast<float*>(scratch<Use::kSums>(num_rows * shape_.num_groups * 4));
+  parallel_for(num_rows, 16, [&](std::int64_t begin, std::int64_t end) {
+    quantized::amx_prepare(shape_, reinterpret_cast<const std::uint16_t*>(input.x), input.x_stride, begin, end, prepared,
+                           group_sums);
+  });
+  const Rows rows{prepared, 0, group_sums, num_rows};
+  parallel_for(num_panels(), 1, [&](std::int64_t begin, std::int64_t end) {
+    auto* const sums = reinterpret_cast<float*>(scratch<Use::kPanel>(num_rows * kPanelColumns * 4));
+    for (std::int64_t index = begin; index < end; ++index) {
+      quantized::run_panel_amx(shape_, panel(index), rows, sums);
+      with_type(out_type,
+                [&](auto element) { store<decltype(element)>(sums, index, num_rows, out, out_stride); });
+    }
+  });
 }
 
 void QuantizedLinear::forward_packed(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,

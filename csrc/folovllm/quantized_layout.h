@@ -68,6 +68,14 @@ void run_panel_avx2(const Shape& shape, const Panel& panel, const Rows& rows, fl
 void run_panel_avx512(const Shape& shape, const Panel& panel, const Rows& rows, float* out);       // x is fp32
 void run_panel_avx512_bf16(const Shape& shape, const Panel& panel, const Rows& rows, float* out);  // x is bf16
 
+// x is what amx_prepare has made of bf16 rows.
+void run_panel_amx(const Shape& shape, const Panel& panel, const Rows& rows, float* out);
+
+// Puts rows [begin, end) into tiles, and sums up their groups.
+void amx_prepare(const Shape& shape, const std::uint16_t* x, std::int64_t x_stride, std::int64_t begin, std::int64_t end,
+                 std::byte* prepared, float* sums);
+std::int64_t amx_prepared_bytes(const Shape& shape, std::int64_t num_rows);
+
 // bf16 elements of a dequantised panel: four panels of packed_weights.h, whose K is padded to kTileDepth.
 constexpr std::int64_t dequantized_elements(const Shape& shape) {
   const std::int64_t depth = shape.num_words * (32 / shape.bits);

@@ -80,6 +80,8 @@ class QuantizedLinear {
   void fill_groups(std::int64_t first_column, const Source& source);
   Input prepare(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, bool as_bf16, bool with_sums) const;
   void sum_groups(const float* x, float* sums) const;
+  void forward_tiles(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,
+                     std::int64_t out_stride, DType out_type) const;
   void forward_packed(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,
                       std::int64_t out_stride, DType out_type) const;
   void forward_dequantized(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,
