@@ -29,6 +29,8 @@ GROUP_SIZE = 128
 DECODE_ROWS = (1, 2, 4, 8, 16)
 PREFILL_ROWS = (512, 2048)
 CPU = torch.device("cpu")
+# Threads of the run before still spin for a while, on the cores of this one.
+SETTLE_S = 0.02
 
 
 @dataclass
@@ -108,6 +110,7 @@ def best_seconds(forms: dict[str, Layers], num_rows: int, repeat: int, copies: i
     best = dict.fromkeys(forms, float("inf"))
     for _ in range(repeat):
         for name, layers in forms.items():
+            time.sleep(SETTLE_S)
             begin = time.perf_counter()
             for run, num_inputs in zip(layers.run[:count], layers.inputs, strict=False):
                 run(inputs[num_inputs])

@@ -131,6 +131,13 @@ def test_directory_without_a_readable_config(tmp_path: Path) -> None:
         args(str(tmp_path)).resolve()
 
 
+def test_config_that_transformers_refuses(tmp_path: Path) -> None:
+    broken = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "linear"}}
+    (tmp_path / "config.json").write_text(json.dumps(broken))
+    with pytest.raises(ModelLoadError, match=r"config\.json cannot be read"):
+        args(str(tmp_path)).resolve()
+
+
 def test_config_of_something_that_is_no_decoder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet", "architectures": ["ResNetModel"]}))
     with pytest.raises(ModelLoadError, match=r"ResNetModel.*has no max_position_embeddings"):

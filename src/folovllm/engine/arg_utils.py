@@ -235,11 +235,12 @@ def resolve_checkpoint(model: str) -> Path:
 def _load_hf_config(directory: Path) -> "PretrainedConfig":
     if not (directory / "config.json").is_file():
         raise ModelLoadError(f"{directory} holds no config.json; is it a Hugging Face checkpoint?")
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return cast("PretrainedConfig", AutoConfig.from_pretrained(directory))
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         raise ModelLoadError(f"{directory / 'config.json'} cannot be read: {error}") from error
 
 
