@@ -1,9 +1,7 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
-#include <new>
 
 #include "cpu_features.h"
 #include "thread_pool.h"
@@ -15,7 +13,7 @@ namespace {
 // each turn, at a small part of the time that so many rows take.
 constexpr std::int64_t kMaxRows = 1024;
 // Weights per piece of work: long enough to stream and to be worth handing out, short enough to share out evenly.
-constexpr std::int64_t kPieceBytes = 256 << 10;
+constexpr std::int64_t kPieceBytes = 512 << 10;
 constexpr std::int64_t kPiecesPerThread = 8;
 // Below this a piece costs less than waking a thread for it.
 constexpr std::int64_t kMinPieceBytes = 32 << 10;
@@ -26,23 +24,14 @@ constexpr std::int64_t kMinRows = 64;
 constexpr std::int64_t kRowStep = 32;
 constexpr std::int64_t kPanelStep = 4;
 
-struct Free {
-  void operator()(std::byte* data) const { std::free(data); }
-};
-
 // Memory for prepared activations, one per calling thread, kept from call to call.
 std::byte* scratch(std::int64_t num_bytes) {
-  thread_local std::unique_ptr<std::byte, Free> data;
-  thread_local std::int64_t size = 0;
-  if (num_bytes > size) {
-    data.reset();
-    size = 0;
-    const std::size_t rounded = (static_cast<std::size_t>(num_bytes) + 4095) / 4096 * 4096;
-    data.reset(static_cast<std::byte*>(std::aligned_alloc(4096, rounded)));
-    if (data == nullptr) throw std::bad_alloc();
-    size = static_cast<std::int64_t>(rounded);
+  thread_local std::unique_ptr<HugeBuffer> buffer;
+  if (buffer == nullptr || static_cast<std::int64_t>(buffer->size()) < num_bytes) {
+    buffer.reset();
+    buffer = std::make_unique<HugeBuffer>(static_cast<std::size_t>(num_bytes));
   }
-  return data.get();
+  return buffer->data();
 }
 
 std::int64_t rows_per_piece(const Gemm& gemm, const GemmKernel& kernel) {

@@ -100,104 +100,125 @@ struct ReadAhead {
   }
 };
 
-// The sums of one block of 32 x 32 outputs, which are written a few rows at a step while the next block is computed.
-// Written at once, they would wait for the stores of the tiles, and these for the lines of the outputs before.
+// The outputs of one block of 32 x 32, a few rows at a step. A copy of it stays in registers, which the asm of the tiles
+// would not leave to anything else.
+struct OutputRows {
+  const float* sums;  // [32][32]
+  std::byte* out;
+  std::int64_t out_bytes;  // from row to row
+  std::int64_t left;
+  __mmask32 mask;
+  bool is_float;
+  __m512 low_bias;
+  __m512 high_bias;
+
+  // Fetches lines before they are written.
+  void fetch(int num_rows) {
+    for (int i = 0; i < num_rows && left > 0; ++i, --left, out += out_bytes) __builtin_prefetch(out, 1);
+  }
+
+  void write(int num_rows) {
+    for (int i = 0; i < num_rows && left > 0; ++i, --left, sums += 2 * kPanelWidth, out += out_bytes) {
+      const __m512 low = _mm512_add_ps(_mm512_load_ps(sums), low_bias);
+      const __m512 high = _mm512_add_ps(_mm512_load_ps(sums + kPanelWidth), high_bias);
+      if (is_float) {
+        _mm512_mask_storeu_ps(out, static_cast<__mmask16>(mask), low);
+        _mm512_mask_storeu_ps(out + 64, static_cast<__mmask16>(mask >> 16), high);
+      } else {
+        _mm512_mask_storeu_epi16(out, mask, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+      }
+    }
+  }
+};
+
+// The sums of a block are written while the next block is computed. Written at once, they would wait for the stores of
+// the tiles, and these for the lines of the outputs before.
 class DelayedOutputs {
  public:
-  explicit DelayedOutputs(const Gemm& gemm)
-      : gemm_(gemm), rows_per_step_(static_cast<int>((kBlockRows + k_blocks(gemm) - 1) / k_blocks(gemm))) {}
-
   static constexpr std::int64_t kBlockRows = 2 * kTileRows;
   static constexpr std::int64_t kStride = 2 * kPanelWidth;
 
-  // Where the block that is computed now puts its sums, [32][32].
-  float* next_sums() { return sums_[next_]; }
+  explicit DelayedOutputs(const Gemm& gemm)
+      : rows_per_step(static_cast<int>((kBlockRows + k_blocks(gemm) - 1) / k_blocks(gemm))), gemm_(gemm) {}
 
-  // They are there; the block before is written to its end.
-  void put(std::int64_t row, std::int64_t num_rows, std::int64_t panel, std::int64_t num_panels) {
-    flush();
-    sums_at_ = sums_[next_];
-    next_ ^= 1;
-    row_ = row;
-    end_row_ = row + num_rows;
-    column_ = panel * kPanelWidth;
-    const std::int64_t left = gemm_.out_features - column_;
+  const int rows_per_step;
+
+  // The block before, whose sums are there.
+  const OutputRows& waiting() const { return waiting_; }
+
+  // A block to be computed now.
+  OutputRows next(std::int64_t row, std::int64_t num_rows, std::int64_t panel, std::int64_t num_panels) const {
+    const std::int64_t column = panel * kPanelWidth;
+    const std::int64_t left = gemm_.out_features - column;
     const std::int64_t width = num_panels * kPanelWidth;
     const std::int64_t count = left < width ? left : width;
-    mask_ = count >= 32 ? ~0U : (1U << count) - 1;
-    if (gemm_.bias == nullptr) return;
-    low_bias_ = _mm512_maskz_loadu_ps(low_mask(), gemm_.bias + column_);
-    high_bias_ = _mm512_maskz_loadu_ps(high_mask(), gemm_.bias + column_ + kPanelWidth);
+    const __mmask32 mask = count >= 32 ? ~0U : (1U << count) - 1;
+    const bool is_float = gemm_.out_dtype == DType::kFloat32;
+    const std::int64_t size = is_float ? 4 : 2;
+    return {.sums = sums_[next_],
+            .out = gemm_.out + (row * gemm_.out_stride + column) * size,
+            .out_bytes = gemm_.out_stride * size,
+            .left = num_rows,
+            .mask = mask,
+            .is_float = is_float,
+            .low_bias = bias(column, static_cast<__mmask16>(mask)),
+            .high_bias = bias(column + kPanelWidth, static_cast<__mmask16>(mask >> 16))};
+  }
+  float* next_sums() { return sums_[next_]; }
+
+  // It is computed, and the one before is written.
+  void put(const OutputRows& block) {
+    waiting_ = block;
+    next_ ^= 1;
   }
 
-  void step() {
-    for (int i = 0; i < rows_per_step_ && row_ < end_row_; ++i) write_row();
-  }
-
-  void flush() {
-    while (row_ < end_row_) write_row();
-  }
+  void flush() { waiting_.write(kBlockRows); }
 
  private:
-  __mmask16 low_mask() const { return static_cast<__mmask16>(mask_); }
-  __mmask16 high_mask() const { return static_cast<__mmask16>(mask_ >> 16); }
-
-  void write_row() {
-    const __m512 low = _mm512_add_ps(_mm512_load_ps(sums_at_), low_bias_);
-    const __m512 high = _mm512_add_ps(_mm512_load_ps(sums_at_ + kPanelWidth), high_bias_);
-    const std::int64_t index = row_ * gemm_.out_stride + column_;
-    if (gemm_.out_dtype == DType::kFloat32) {
-      float* const to = reinterpret_cast<float*>(gemm_.out) + index;
-      _mm512_mask_storeu_ps(to, low_mask(), low);
-      _mm512_mask_storeu_ps(to + kPanelWidth, high_mask(), high);
-    } else {
-      _mm512_mask_storeu_epi16(reinterpret_cast<std::uint16_t*>(gemm_.out) + index, mask_,
-                               reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-    }
-    sums_at_ += kStride;
-    ++row_;
+  __m512 bias(std::int64_t column, __mmask16 mask) const {
+    return gemm_.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, gemm_.bias + column);
   }
 
   const Gemm& gemm_;
-  const int rows_per_step_;
-  std::int64_t row_ = 0;
-  std::int64_t end_row_ = 0;
-  std::int64_t column_ = 0;
-  __mmask32 mask_ = 0;
-  __m512 low_bias_ = _mm512_setzero_ps();
-  __m512 high_bias_ = _mm512_setzero_ps();
-  const float* sums_at_ = nullptr;
+  OutputRows waiting_{};
   int next_ = 0;
   alignas(64) float sums_[2][kBlockRows * kStride] = {};
 };
 
-// One or two tiles of rows x one or two panels, to the sums of `outputs`.
+// One or two tiles of rows x one or two panels.
 template <bool kTwoRows, bool kTwoPanels>
-void tile_block(const Gemm& gemm, const std::byte* left, std::int64_t panel, ReadAhead& ahead, DelayedOutputs& outputs) {
+void tile_block(const Gemm& gemm, const std::byte* left, std::int64_t panel, OutputRows own, ReadAhead& ahead,
+                DelayedOutputs& outputs) {
   zero_tile<0>();
   if constexpr (kTwoPanels) zero_tile<1>();
   if constexpr (kTwoRows) zero_tile<2>();
   if constexpr (kTwoRows && kTwoPanels) zero_tile<3>();
   const std::int64_t blocks = k_blocks(gemm);
-  const std::byte* const lower = left + blocks * kTileBytes;
-  const std::byte* const right = gemm.weights + panel * gemm.panel_bytes;
-  for (std::int64_t k = 0; k < blocks; ++k) {
-    const std::int64_t at = k * kTileBytes;
-    ahead.step();
-    outputs.step();
-    load_tile<6>(left + at, 64);
-    load_tile<4>(right + at, 64);
+  const std::byte* lower = left + blocks * kTileBytes;
+  const std::byte* right = gemm.weights + panel * gemm.panel_bytes;
+  const std::byte* second = right + gemm.panel_bytes;
+  const std::byte* const end = right + blocks * kTileBytes;
+  const int rows_per_step = outputs.rows_per_step;
+  OutputRows before = outputs.waiting();
+  ReadAhead coming = ahead;
+  for (; right < end; left += kTileBytes, lower += kTileBytes, right += kTileBytes, second += kTileBytes) {
+    coming.step();
+    own.fetch(rows_per_step);
+    before.write(rows_per_step);
+    load_tile<6>(left, 64);
+    load_tile<4>(right, 64);
     multiply_tiles<0, 6, 4>();
     if constexpr (kTwoPanels) {
-      load_tile<5>(right + gemm.panel_bytes + at, 64);
+      load_tile<5>(second, 64);
       multiply_tiles<1, 6, 5>();
     }
     if constexpr (kTwoRows) {
-      load_tile<7>(lower + at, 64);
+      load_tile<7>(lower, 64);
       multiply_tiles<2, 7, 4>();
     }
     if constexpr (kTwoRows && kTwoPanels) multiply_tiles<3, 7, 5>();
   }
+  ahead = coming;
   constexpr std::int64_t kStrideBytes = DelayedOutputs::kStride * 4;
   constexpr std::int64_t kHalf = kTileRows * DelayedOutputs::kStride;
   float* const sums = outputs.next_sums();
@@ -220,12 +241,13 @@ void panel_block(const Gemm& gemm, const std::byte* left, Range rows, std::int64
   for (std::int64_t row = rows.begin; row < rows.end; row += kStep) {
     const std::byte* const tiles = left + row / kTileRows * blocks * kTileBytes;
     const std::int64_t num_rows = rows.end - row < kStep ? rows.end - row : kStep;
+    const OutputRows own = outputs.next(row, num_rows, panel, kTwoPanels ? 2 : 1);
     if (num_rows > kTileRows) {
-      tile_block<true, kTwoPanels>(gemm, tiles, panel, ahead, outputs);
+      tile_block<true, kTwoPanels>(gemm, tiles, panel, own, ahead, outputs);
     } else {
-      tile_block<false, kTwoPanels>(gemm, tiles, panel, ahead, outputs);
+      tile_block<false, kTwoPanels>(gemm, tiles, panel, own, ahead, outputs);
     }
-    outputs.put(row, num_rows, panel, kTwoPanels ? 2 : 1);
+    outputs.put(own);
   }
 }
 

@@ -73,3 +73,9 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set_source_files_properties(quantized_kernel_amx.cpp PROPERTIES
                               COMPILE_OPTIONS "${FOLOVLLM_GEMM_512_OPTIONS};-mavx512bf16")
 endif()
+
+# gcc 12 turns a loop over rows into vectors that read a row too many, which may lie beyond its page.
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  set_property(SOURCE gemm_portable.cpp attention_portable.cpp quantized_kernel_portable.cpp
+               APPEND PROPERTY COMPILE_OPTIONS -fno-tree-loop-vectorize)
+endif()
