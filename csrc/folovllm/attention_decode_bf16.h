@@ -50,14 +50,15 @@ void score_decode(const Shape& shape, const KeyRows<BFloat16>& rows, const KeyRo
                   const __m512bh (*q)[16], FewRows<R>& few) {
   const int chunks = shape.padded_head / 32;
   const int row_bytes = shape.head_size * 2;
+  alignas(64) float sums[R][16][16];  // of each key, not yet added up across lanes
   for (int first = 0; first < num_keys; first += 16) {
-    const BFloat16* const* const k = rows.k + first;
+    for (int i = 0; i < 16; ++i) {
+      prefetch_row(next.k[first + i], row_bytes);
+      for (int r = 0; r < R; ++r) _mm512_store_ps(sums[r][i], dot<kChunks>(rows.k[first + i], q[r], chunks));
+    }
     for (int r = 0; r < R; ++r) {
-      const __m512 score = sums_of_16([&](int i) __attribute__((always_inline)) {
-        if (r == 0) prefetch_row(next.k[first + i], row_bytes);
-        return dot<kChunks>(k[i], q[r], chunks);
-      });
-      _mm512_storeu_ps(&few.score[r][first], score);
+      const auto leaf = [&](int i) { return _mm512_load_ps(sums[r][i]); };
+      _mm512_storeu_ps(&few.score[r][first], sums_of_16(leaf));
     }
   }
 }

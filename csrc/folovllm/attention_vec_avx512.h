@@ -79,7 +79,8 @@ struct Vec {
       x[12 + j] = _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd);
     }
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  // Into the second level: all that memory has to give does not fit through the first one's few misses.
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
  private:
   static __m256 upper(F x) { return _mm512_extractf32x8_ps(x, 1); }
