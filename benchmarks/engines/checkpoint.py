@@ -59,6 +59,39 @@ def write_checkpoint(directory: Path, shape: ModelShape, seed: int = 0) -> Path:
     return directory
 
 
+def write_gptq_checkpoint(directory: Path, shape: ModelShape, group_size: int, seed: int = 0) -> Path:
+    """The same shape with random symmetric 4-bit weights in the layers, as GPTQ checkpoints have them."""
+    directory.mkdir(parents=True)
+    torch.manual_seed(seed)
+    tensors = {
+        "model.embed_tokens.weight": _random(shape.vocab, shape.hidden),
+        "model.norm.weight": _ones(shape.hidden),
+    }
+    for i in range(shape.layers):
+        for name, tensor in _layer(shape).items():
+            if tensor.dim() == 1:
+                tensors[f"model.layers.{i}.{name}"] = tensor
+            else:
+                prefix = f"model.layers.{i}.{name.removesuffix('.weight')}"
+                tensors |= {f"{prefix}.{part}": t for part, t in _gptq(*tensor.shape, group_size).items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": True, "desc_act": False}
+    config = _config(shape) | {"quantization_config": quantization | {"checkpoint_format": "gptq_v2"}}
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    return directory
+
+
+def _gptq(outputs: int, inputs: int, group_size: int) -> dict[str, torch.Tensor]:
+    groups = inputs // group_size
+    words = torch.iinfo(torch.int32)
+    return {
+        "qweight": torch.randint(words.min, words.max, (inputs // 8, outputs), dtype=torch.int32),
+        "qzeros": torch.full((groups, outputs // 8), 0x88888888 - (1 << 32), dtype=torch.int32),
+        "scales": torch.full((groups, outputs), inputs**-0.5 / 4.6, dtype=torch.float16),
+        "g_idx": torch.arange(inputs, dtype=torch.int32) // group_size,
+    }
+
+
 def _layer(shape: ModelShape) -> dict[str, torch.Tensor]:
     q_size, kv_size = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return {

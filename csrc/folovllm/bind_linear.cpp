@@ -36,6 +36,13 @@ void unpack(const PackedLinear& self, std::int64_t first_row, std::int64_t num_r
   self.weights().unpack(first_row, num_rows, pointer<std::byte>(out));
 }
 
+void gather(const PackedLinear& self, Address ids, std::int64_t num_rows, Address out) {
+  const nb::gil_scoped_release no_gil;
+  perform_on_tokens(num_rows, [=, self = &self](std::int64_t rows) {
+    self->weights().gather(pointer<const std::int32_t>(ids), rows, pointer<std::byte>(out));
+  });
+}
+
 }  // namespace
 
 void bind_linear(nb::module_& m) {
@@ -52,6 +59,7 @@ void bind_linear(nb::module_& m) {
       .def("forward", &forward, nb::arg("x"), nb::arg("num_rows"), nb::arg("x_stride"), nb::arg("out"),
            nb::arg("out_stride"), nb::arg("out_dtype"), nb::arg("batch_invariant") = false)
       .def("unpack", &unpack, nb::arg("first_row"), nb::arg("num_rows"), nb::arg("out"))
+      .def("gather", &gather, nb::arg("ids"), nb::arg("num_rows"), nb::arg("out"))
       .def_prop_ro("nbytes", [](const PackedLinear& self) { return self.weights().num_bytes(); })
       .def_prop_ro("out_features", [](const PackedLinear& self) { return self.weights().out_features(); })
       .def_prop_ro("in_features", [](const PackedLinear& self) { return self.weights().in_features(); });

@@ -116,14 +116,14 @@ void PackedWeights::fill(std::int64_t first_row, std::int64_t num_rows, const st
   });
 }
 
-void PackedWeights::unpack(std::int64_t first_row, std::int64_t num_rows, std::byte* out) const {
-  check_rows(first_row, num_rows);
+template <typename RowOf>
+void PackedWeights::copy_rows(RowOf row_of, std::int64_t num_rows, std::byte* out) const {
   with_type(dtype_, [&]<typename T>(T) {
     auto* const rows = reinterpret_cast<T*>(out);
     constexpr std::int64_t kGrain = 16;
     parallel_for(num_rows, kGrain, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t row = begin; row < end; ++row) {
-        const std::int64_t from = first_row + row;
+        const std::int64_t from = row_of(row);
         const auto* const panel = reinterpret_cast<const T*>(buffer_.data() + from / kPanelWidth * panel_bytes_);
         for (std::int64_t k = 0; k < in_features_; ++k) {
           rows[row * in_features_ + k] = panel[panel_offset<T>(from % kPanelWidth, k)];
@@ -131,6 +131,15 @@ void PackedWeights::unpack(std::int64_t first_row, std::int64_t num_rows, std::b
       }
     });
   });
+}
+
+void PackedWeights::unpack(std::int64_t first_row, std::int64_t num_rows, std::byte* out) const {
+  check_rows(first_row, num_rows);
+  copy_rows([first_row](std::int64_t row) { return first_row + row; }, num_rows, out);
+}
+
+void PackedWeights::gather(const std::int32_t* ids, std::int64_t num_rows, std::byte* out) const {
+  copy_rows([ids](std::int64_t row) { return std::int64_t{ids[row]}; }, num_rows, out);
 }
 
 }  // namespace folovllm

@@ -52,6 +52,9 @@ class PackedWeights {
   // The same rows back, in dtype(), contiguous.
   void unpack(std::int64_t first_row, std::int64_t num_rows, std::byte* out) const;
 
+  // Rows ids[0], ids[1], ..., likewise. REQUIRES: they are there.
+  void gather(const std::int32_t* ids, std::int64_t num_rows, std::byte* out) const;
+
   const std::byte* data() const { return buffer_.data(); }
   std::size_t num_bytes() const { return buffer_.size(); }
   std::int64_t out_features() const { return out_features_; }
@@ -62,6 +65,8 @@ class PackedWeights {
 
  private:
   void check_rows(std::int64_t first_row, std::int64_t num_rows) const;
+  template <typename RowOf>
+  void copy_rows(RowOf row_of, std::int64_t num_rows, std::byte* out) const;
 
   // Constant after construction, but for the bytes of the buffer:
   std::int64_t out_features_;

@@ -72,6 +72,9 @@ class PackedLinear:
     def unpack(self, first_row: int, num_rows: int, out: int) -> None:
         """Write rows of the weights to `out`: [num_rows, in_features] of the layer's dtype."""
 
+    def gather(self, ids: int, num_rows: int, out: int) -> None:
+        """Write the rows `ids` (int32 [num_rows], all of them there) likewise: an embedding that is the output head."""
+
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weights, padding included."""

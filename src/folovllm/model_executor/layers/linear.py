@@ -8,7 +8,7 @@ What a layer computes is here; how its weights are held is in `linear_weights`. 
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -86,6 +86,10 @@ class OutputHead:
     def load(self, weight: torch.Tensor) -> None:
         """Take `[vocab_size, hidden_size]`."""
         self.weights.load(0, "weight", weight)
+
+    def row_source(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What looks up rows `[n]` int32 of the weights as `[n, hidden_size]`, where all are at hand, packed."""
+        return self.weights.gather if isinstance(self.weights, PackedWeights) and not self.is_split else None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[num_rows, hidden_size]` -> fp32 `[num_rows, vocab_size]`."""

@@ -222,6 +222,13 @@ class PackedWeights(LinearWeights):
         )
         return out
 
+    def gather(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows `ids` (`[n]` int32) of the weight, in a buffer of their own in the workspace."""
+        num_rows = len(ids)
+        out = self.workspace.rows("gather", num_rows, self.shape.num_inputs, self.dtype)
+        self.packed.gather(ids.data_ptr(), num_rows, out.data_ptr())
+        return out
+
     def row_major(self) -> torch.Tensor:
         """Unpacked."""
         out = torch.empty(self.shape.num_outputs, self.shape.num_inputs, dtype=self.dtype)
