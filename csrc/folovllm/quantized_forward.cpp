@@ -1,6 +1,7 @@
 // How a quantised layer is applied:
 //
-//   bf16 with matrix tiles: parts of each panel become bf16 integers in the first level cache, for all rows at once
+//   bf16 with matrix tiles: parts of each panel become bf16 integers in the first level cache, for all rows at once,
+//   whose bits do not depend on their number
 //
 //   few rows, or bits that must not depend on their number: each panel is dequantised in registers, again for every
 //   12 rows; weights cross from memory in their packed size
@@ -40,7 +41,7 @@ quantized::PanelDequantizer panel_dequantizer(Isa isa) {
 }
 
 // From how many rows on writing a panel out as bf16 pays.
-constexpr std::int64_t kRowsToDequantize = 48;
+std::int64_t rows_to_dequantize(Isa isa) { return isa >= Isa::kAmx ? 192 : 48; }
 
 // Memory of a thread, kept from call to call.
 enum class Use { kWide, kPermuted, kSums, kPrepared, kPanel };
@@ -124,16 +125,17 @@ void QuantizedLinear::forward(const std::byte* x, std::int64_t num_rows, std::in
                               std::int64_t out_stride, DType out_type, bool batch_invariant) const {
   // The kernels of unquantised layers write fp32 or the layer's own dtype.
   const bool can_dequantize = dtype_ == DType::kBFloat16 && out_type != DType::kFloat16 && !batch_invariant;
-  const bool has_tiles = dtype_ == DType::kBFloat16 && current_isa() >= Isa::kAmx;
-  const bool dequantizes = !has_tiles && can_dequantize && num_rows >= kRowsToDequantize;
-  const std::int64_t block = has_tiles ? kTileRows : dequantizes ? kManyRows : kFewRows;
+  const Isa isa = current_isa();
+  const bool dequantizes = can_dequantize && num_rows >= rows_to_dequantize(isa);
+  const bool uses_tiles = !dequantizes && dtype_ == DType::kBFloat16 && isa >= Isa::kAmx;
+  const std::int64_t block = uses_tiles ? kTileRows : dequantizes ? kManyRows : kFewRows;
   const auto x_bytes = static_cast<std::int64_t>(size_of(dtype_));
   const auto out_bytes = static_cast<std::int64_t>(size_of(out_type));
   for (std::int64_t row = 0; row < num_rows; row += block) {
     const std::int64_t count = std::min(block, num_rows - row);
     const std::byte* const source = x + row * x_stride * x_bytes;
     std::byte* const target = out + row * out_stride * out_bytes;
-    if (has_tiles) {
+    if (uses_tiles) {
       forward_tiles(source, count, x_stride, target, out_stride, out_type);
     } else if (dequantizes) {
       forward_dequantized(source, count, x_stride, target, out_stride, out_type);
