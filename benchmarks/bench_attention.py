@@ -30,8 +30,8 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 16, 8, 128, 16
 TOKEN_BYTES = 2 * NUM_KV_HEADS * HEAD_SIZE * 2
 # Of all layers' caches: more than what stays in a processor's own caches.
 COLD_BYTES = 512 * 2**20
-# Threads of the run before still spin for a while, on the cores of this one.
-SETTLE_S = 0.02
+# Threads of the run before still spin for a while, on this one's cores; then a run that is not timed wakes its own.
+SETTLE_S = 0.03
 
 
 class Batch:
@@ -82,6 +82,7 @@ def median_ms(functions: dict[str, Callable[[], object]], repeat: int) -> dict[s
     for _ in range(repeat):
         for name, function in functions.items():
             time.sleep(SETTLE_S)
+            function()
             begin = time.perf_counter()
             function()
             times[name].append((time.perf_counter() - begin) * 1e3)

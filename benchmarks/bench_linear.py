@@ -28,8 +28,8 @@ FEW_ROWS = [1, 2, 4, 8, 16]
 LM_HEAD_ROWS = [1, 4, 16, 32, 64]
 MANY_ROWS = [32, 128, 512, 2048]
 READ_BYTES = 1 << 30
-# Threads of the run before still spin for a while, on the cores of this one.
-SETTLE_S = 0.02
+# Threads of the run before still spin for a while, on this one's cores; then a run that is not timed wakes its own.
+SETTLE_S = 0.03
 
 Runs = dict[str, Callable[[], object]]
 
@@ -40,6 +40,7 @@ def measure(runs: Runs, repeat: int) -> dict[str, list[float]]:
     for turn in range(repeat + 1):
         for name, run in runs.items():
             time.sleep(SETTLE_S)
+            run()
             begin = time.perf_counter()
             run()
             if turn > 0:

@@ -23,7 +23,7 @@ from folovllm.sample.ops.topk_topp import draw_with_torch
 VOCAB_SIZE = 151_936
 # (name, top_k, top_p, min_p); 0, 1 and 0 restrict nothing.
 # Threads of the run before still spin for a while, on the cores of this one.
-SETTLE_S = 0.02
+SETTLE_S = 0.03
 RESTRICTIONS = [
     ("none", 0, 1.0, 0.0),
     ("min_p 0.05", 0, 1.0, 0.05),
