@@ -43,7 +43,7 @@ format: $(INSTALLED) ## Format the Python sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Run a short form of every benchmark; figures as JSON (installs vLLM to compare with, BENCH_FLAGS= for the full forms)
+bench: $(INSTALLED) ## Run a short form of every benchmark; figures as JSON (BENCH_FLAGS= for the full forms; installs vLLM, builds llama.cpp)
 	@for file in $(filter-out benchmarks/bench_environment.py,$(wildcard benchmarks/bench_*.py)); do \
 		echo "# $$file" >&2; \
 		$(BIN)/python $$file $$(grep -q -e '"--short"' $$file && echo '$(BENCH_FLAGS)') || exit 1; \

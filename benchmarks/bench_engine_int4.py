@@ -43,10 +43,8 @@ def measure(engines: dict[str, EngineProcess], repeats: int) -> dict[str, dict[s
         for name, engine in engines.items():
             figures = {"TTFT 512 tokens (s)": engine.generate(prompts(1, TTFT_TOKENS), 1)["seconds"]}
             for batch, num_tokens in DECODE_TOKENS.items():
-                requests = prompts(batch, PROMPT_TOKENS)
-                first = engine.generate(requests, 1)["seconds"]
-                taken = engine.generate(requests, num_tokens)["seconds"] - first
-                figures[f"decode batch {batch} (tokens/s)"] = batch * (num_tokens - 1) / taken
+                rate = engine.decode_tokens_per_s(prompts(batch, PROMPT_TOKENS), num_tokens)
+                figures[f"decode batch {batch} (tokens/s)"] = rate
             for figure, value in figures.items() if turn > 0 else ():
                 values.setdefault(figure, {}).setdefault(name, []).append(value)
     return {figure: {name: statistics.median(of) for name, of in by.items()} for figure, by in values.items()}

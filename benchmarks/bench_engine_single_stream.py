@@ -42,18 +42,13 @@ def prompt(rng: random.Random, length: int) -> list[list[int]]:
     return [[rng.randrange(QWEN3_06B.vocab) for _ in range(length)]]
 
 
-def decode_tokens_per_s(engine: EngineProcess, request: list[list[int]], num_tokens: int) -> float:
-    first = engine.generate(request, 1)["seconds"]
-    return (num_tokens - 1) / (engine.generate(request, num_tokens)["seconds"] - first)
-
-
 def measure(engines: dict[str, EngineProcess], *, short: bool) -> dict[str, dict[str, float]]:
     rng = random.Random(0)
     repeats, lengths = (3, (512,)) if short else (5, (512, 2048))
     rates: dict[str, dict[str, list[float]]] = {}
     for turn in range(repeats + 1):
         for name, engine in engines.items():
-            values = {"decode (tokens/s)": decode_tokens_per_s(engine, prompt(rng, PROMPT_TOKENS), 32)}
+            values = {"decode (tokens/s)": engine.decode_tokens_per_s(prompt(rng, PROMPT_TOKENS), 32)}
             for length in lengths:
                 values[f"TTFT {length} tokens (s)"] = engine.generate(prompt(rng, length), 1)["seconds"]
             for figure, value in values.items() if turn > 0 else ():

@@ -54,13 +54,6 @@ def in_turn(engines: Engines, measure: Callable[[EngineProcess], float], repeats
     return {name: statistics.median(of) for name, of in values.items()}
 
 
-def decode_tokens_per_s(engine: EngineProcess, prompts: list[list[int]], num_tokens: int) -> float:
-    """Of all requests together, without their prompts: what generating many tokens takes longer than one."""
-    first = engine.generate(prompts, 1)["seconds"]
-    whole = engine.generate(prompts, num_tokens)["seconds"]
-    return len(prompts) * (num_tokens - 1) / (whole - first)
-
-
 def measure_main(engines: Engines, repeats: int, *, short: bool) -> Figures:
     prompts = Prompts(QWEN3_06B)
     figures: Figures = {}
@@ -69,7 +62,7 @@ def measure_main(engines: Engines, repeats: int, *, short: bool) -> Figures:
             continue
         figures[f"decode batch {batch} (tokens/s)"] = in_turn(
             engines,
-            lambda engine, b=batch, n=num_tokens: decode_tokens_per_s(engine, prompts.make(b, PROMPT_TOKENS), n),
+            lambda engine, b=batch, n=num_tokens: engine.decode_tokens_per_s(prompts.make(b, PROMPT_TOKENS), n),
             repeats,
         )
     for length in (512,) if short else (512, 2048):
@@ -92,7 +85,7 @@ def measure_long_context(engine: EngineProcess, repeats: int) -> float:
     """Decode of requests whose long prompts are cached already."""
     prompts = Prompts(QWEN3_06B).make(LONG_BATCH, LONG_CONTEXT - LONG_TOKENS - 1)
     engine.generate(prompts, 1)
-    return statistics.median(decode_tokens_per_s(engine, prompts, LONG_TOKENS) for _ in range(repeats))
+    return statistics.median(engine.decode_tokens_per_s(prompts, LONG_TOKENS) for _ in range(repeats))
 
 
 def measure_overhead(engines: Engines, repeats: int) -> dict[str, float]:
@@ -100,7 +93,7 @@ def measure_overhead(engines: Engines, repeats: int) -> dict[str, float]:
     prompts = Prompts(TINY_5M)
 
     def step_ms(engine: EngineProcess) -> float:
-        return 64e3 / decode_tokens_per_s(engine, prompts.make(64, 16), 64)
+        return 64e3 / engine.decode_tokens_per_s(prompts.make(64, 16), 64)
 
     return in_turn(engines, step_ms, repeats)
 

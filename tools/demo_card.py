@@ -62,7 +62,7 @@ chosen by the hash of their names; longer paragraphs of theirs were taken out wh
 
 ## Answers
 
-Greedy:
+Some that it knows; asked for others it makes something up, or repeats itself. Greedy:
 
 {answers}
 

@@ -39,6 +39,12 @@ class EngineProcess:
         """Run the prompts greedily; returns {"seconds", "num_output_tokens", "first_answer"}."""
         return self._ask({"prompts": prompts, "max_tokens": max_tokens})
 
+    def decode_tokens_per_s(self, prompts: list[list[int]], num_tokens: int) -> float:
+        """Of all requests together, without their prompts: what generating many tokens takes longer than one."""
+        first = self.generate(prompts, 1)["seconds"]
+        whole = self.generate(prompts, num_tokens)["seconds"]
+        return len(prompts) * (num_tokens - 1) / (whole - first)
+
     def reset_prefix_cache(self) -> None:
         """Forget what was computed."""
         self._ask({"reset": True})
