@@ -3,6 +3,7 @@
 
 namespace flexkv {
 void bind_cache(nanobind::module_& module);
+void bind_ssd(nanobind::module_& module);
 void bind_transfer(nanobind::module_& module);
 }  // namespace flexkv
 
@@ -11,4 +12,5 @@ NB_MODULE(_native, module) {
   nanobind::set_leak_warnings(false);
   flexkv::bind_cache(module);
   flexkv::bind_transfer(module);
+  flexkv::bind_ssd(module);
 }

@@ -79,3 +79,74 @@ class HostTransfer:
     ) -> None: ...
     @property
     def layer_bytes(self) -> int: ...
+
+class SsdOptions:
+    """How an `SsdTransfer` works; see csrc/flexkv/transfer_ssd.h for the bounds.
+
+    `queue_depth` requests of at most `io_bytes` (a multiple of 4096) are in flight. `backend` is "auto", "io_uring" or
+    "threads", of which there are `num_threads`. `drain_timeout_ms`: how long to wait, after a deadline, for requests
+    that the disk does not give back.
+    """
+
+    def __init__(
+        self,
+        *,
+        queue_depth: int = 32,
+        io_bytes: int = 1048576,
+        backend: str = "auto",
+        num_threads: int = 8,
+        register_memory: bool = True,
+        direct: bool = True,
+        drain_timeout_ms: int = 30000,
+    ) -> None:
+        """Raise ValueError for an unknown backend; `SsdTransfer` checks the rest."""
+
+class SsdTransfer:
+    """Moves batches of blocks between the pool and the SSD tier's files. See csrc/flexkv/transfer_ssd.h.
+
+    One caller at a time; releases the GIL. Statuses are int32 `[num_blocks]`: 0, or an errno of that block alone, of
+    which EBADMSG is a wrong checksum, ETIMEDOUT the deadline, and EINPROGRESS a request that never came back: its pool
+    block must never be used again, and later calls raise `flexkv.errors.TransferError`.
+    """
+
+    def __init__(
+        self, *, paths: list[str], block_bytes: int, num_slots: int, pool: PoolSide, options: SsdOptions
+    ) -> None:
+        """Open files that exist, and pin the pool if `options` say so (its pages then take real memory).
+
+        Raises:
+            ValueError: options or sizes that make no sense.
+            OSError: a file cannot be opened or is too small, or the backend asked for is not to be had.
+        """
+    def write(
+        self, slots: _BlockIds, pool_blocks: _BlockIds, timeout_s: float
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
+        """Write pool block i to slot i; return (statuses, checksums). IndexError, ValueError: nothing was moved."""
+    def read(
+        self, slots: _BlockIds, pool_blocks: _BlockIds, checksums: npt.NDArray[np.uint64], timeout_s: float
+    ) -> npt.NDArray[np.int32]:
+        """Read slot i into pool block i and check it; return the statuses. IndexError, ValueError: nothing was moved."""
+    def sync(self) -> None:
+        """Return when all that was written survives a loss of power. Raises OSError."""
+    @property
+    def backend(self) -> str:
+        """Return "io_uring" or "threads"."""
+    @property
+    def is_direct(self) -> bool:
+        """Whether every file is read and written past the page cache."""
+    @property
+    def is_bounced(self) -> bool:
+        """Whether blocks are copied through aligned buffers, because the pool is not laid out in multiples of 4096."""
+    @property
+    def is_memory_registered(self) -> bool: ...
+    @property
+    def fallbacks(self) -> list[str]:
+        """Why it is not all that was asked for, for the log; empty when it is."""
+    def counters(self) -> tuple[int, int, int]:
+        """Return the numbers of requests, of short ones (continued), and of interrupted ones (repeated)."""
+
+def checksum(data: npt.NDArray[np.uint8]) -> int:
+    """Return the XXH3-64 of contiguous bytes; releases the GIL."""
+
+def checksum_isa() -> str:
+    """Return which instructions compute it here: "avx512", "avx2" or "portable". The value is the same."""
