@@ -1,6 +1,8 @@
 #include "gemm.h"
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <memory>
 
 #include "cpu_features.h"
@@ -18,11 +20,16 @@ constexpr std::int64_t kPiecesPerThread = 8;
 // Below this a piece costs less than waking a thread for it.
 constexpr std::int64_t kMinPieceBytes = 32 << 10;
 // Activations per piece, which stay in a second level cache while its weights pass; but rows enough for the weights.
-constexpr std::int64_t kActivationBytes = 1280 << 10;
+constexpr std::int64_t kActivationBytes = 1536 << 10;
 constexpr std::int64_t kMinRows = 64;
 // Rows and panels that kernels take together.
 constexpr std::int64_t kRowStep = 32;
 constexpr std::int64_t kPanelStep = 4;
+// Rows that are prepared together.
+constexpr std::int64_t kRowsAtOnce = 16;
+// From so many rows for each thread on, every thread has rows of its own: it reads all weights, but with so many rows
+// their products take longer than that, and no thread waits for another's rows.
+constexpr std::int64_t kMinOwnedRows = 192;
 
 // Memory for prepared activations, one per calling thread, kept from call to call.
 std::byte* scratch(std::int64_t num_bytes) {
@@ -34,11 +41,13 @@ std::byte* scratch(std::int64_t num_bytes) {
   return buffer->data();
 }
 
-std::int64_t rows_per_piece(const Gemm& gemm, const GemmKernel& kernel) {
+// Rows of each piece, whose number is a multiple of `multiple`.
+std::int64_t rows_per_piece(const Gemm& gemm, const GemmKernel& kernel, std::int64_t multiple) {
   const std::int64_t row_bytes = gemm.in_features * static_cast<std::int64_t>(size_of(gemm.dtype));
   const std::int64_t most = std::min(std::max(kActivationBytes / row_bytes, kMinRows), kernel.rows_per_piece);
   // Pieces of one size, rounded up to the kernels' step.
-  const std::int64_t num_pieces = (gemm.num_rows + most - 1) / most;
+  const std::int64_t least_pieces = (gemm.num_rows + most - 1) / most;
+  const std::int64_t num_pieces = (least_pieces + multiple - 1) / multiple * multiple;
   return ((gemm.num_rows + num_pieces - 1) / num_pieces + kRowStep - 1) / kRowStep * kRowStep;
 }
 
@@ -51,11 +60,11 @@ std::int64_t panels_per_piece(const Gemm& gemm, std::int64_t num_panels, std::in
   return (wanted + kPanelStep - 1) / kPanelStep * kPanelStep;
 }
 
-void run_rows(const Gemm& gemm, const GemmKernel& kernel) {
+// All threads prepare the rows, then all share out the panels.
+void run_shared(const Gemm& gemm, const GemmKernel& kernel, std::int64_t piece_rows) {
   std::byte* prepared = nullptr;
   if (const std::int64_t num_bytes = kernel.prepared_bytes(gemm); num_bytes > 0) {
     prepared = scratch(num_bytes);
-    constexpr std::int64_t kRowsAtOnce = 16;
     const std::int64_t num_tiles = (gemm.num_rows + kRowsAtOnce - 1) / kRowsAtOnce;
     const std::int64_t grain = kMinPieceBytes / (num_bytes / gemm.num_rows * kRowsAtOnce) + 1;
     parallel_for(num_tiles, grain, [&](std::int64_t begin, std::int64_t end) {
@@ -63,7 +72,6 @@ void run_rows(const Gemm& gemm, const GemmKernel& kernel) {
     });
   }
   const std::int64_t num_panels = (gemm.out_features + kPanelWidth - 1) / kPanelWidth;
-  const std::int64_t piece_rows = rows_per_piece(gemm, kernel);
   const std::int64_t num_row_pieces = (gemm.num_rows + piece_rows - 1) / piece_rows;
   const std::int64_t step = panels_per_piece(gemm, num_panels, num_row_pieces);
   const std::int64_t num_panel_pieces = (num_panels + step - 1) / step;
@@ -75,6 +83,61 @@ void run_rows(const Gemm& gemm, const GemmKernel& kernel) {
                      {panel, std::min(panel + step, num_panels)});
     }
   });
+}
+
+// Rows that one thread prepares and multiplies, so that they stay in its own cache. A thread without rows left helps.
+struct OwnedRows {
+  std::atomic<bool> is_taken{false};
+  std::atomic<bool> is_prepared{false};
+  std::atomic<std::int64_t> next_panel{0};
+
+  // The next panels: a quarter of what is left, so that long runs come first and helpers find short ones at the end.
+  Range take(std::int64_t num_panels) {
+    std::int64_t begin = next_panel.load(std::memory_order_relaxed);
+    while (begin < num_panels) {
+      const std::int64_t wanted = (num_panels - begin) / 4 / kPanelStep * kPanelStep;
+      const std::int64_t end = std::min(begin + std::max(wanted, kPanelStep), num_panels);
+      if (next_panel.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return {begin, end};
+    }
+    return {num_panels, num_panels};
+  }
+};
+
+void run_owned(const Gemm& gemm, const GemmKernel& kernel, std::int64_t piece_rows) {
+  std::byte* const prepared = scratch(kernel.prepared_bytes(gemm));
+  const std::int64_t num_panels = (gemm.out_features + kPanelWidth - 1) / kPanelWidth;
+  const std::int64_t num_pieces = (gemm.num_rows + piece_rows - 1) / piece_rows;
+  std::array<OwnedRows, kMaxRows / kRowStep> pieces;
+  const auto multiply = [&](std::int64_t piece) {
+    const Range rows{piece * piece_rows, std::min((piece + 1) * piece_rows, gemm.num_rows)};
+    OwnedRows& owned = pieces[static_cast<std::size_t>(piece)];
+    for (Range panels = owned.take(num_panels); panels.begin < panels.end; panels = owned.take(num_panels)) {
+      kernel.compute(gemm, prepared, rows, panels);
+    }
+  };
+  auto work = [&](int thread, int threads) {
+    const std::int64_t first = num_pieces * thread / threads;
+    for (std::int64_t i = 0; i < num_pieces; ++i) {
+      const std::int64_t piece = (first + i) % num_pieces;
+      OwnedRows& owned = pieces[static_cast<std::size_t>(piece)];
+      if (owned.is_taken.exchange(true, std::memory_order_relaxed)) continue;
+      kernel.prepare(gemm, {piece * piece_rows, std::min((piece + 1) * piece_rows, gemm.num_rows)}, prepared);
+      owned.is_prepared.store(true, std::memory_order_release);
+      multiply(piece);
+    }
+    for (std::int64_t piece = 0; piece < num_pieces; ++piece) {
+      if (pieces[static_cast<std::size_t>(piece)].is_prepared.load(std::memory_order_acquire)) multiply(piece);
+    }
+  };
+  run_together(work);
+}
+
+void run_rows(const Gemm& gemm, const GemmKernel& kernel) {
+  const std::int64_t threads = num_threads();
+  const std::int64_t shared_rows = rows_per_piece(gemm, kernel, 1);
+  const std::int64_t owned_rows = rows_per_piece(gemm, kernel, threads);
+  const bool is_owned = threads > 1 && owned_rows >= kMinOwnedRows && kernel.prepared_bytes(gemm) > 0;
+  is_owned ? run_owned(gemm, kernel, owned_rows) : run_shared(gemm, kernel, shared_rows);
 }
 
 }  // namespace

@@ -8,8 +8,8 @@
 //       A6 | C0  C1                    A4 | C0 C1 C2 C3             Every C adds its k blocks in order.
 //       A7 | C2  C3
 //
-// Two by two tiles do four products for four loads, which the second level cache serves at three quarters of the tiles'
-// own rate: a piece's activations and the panels in use must fit it, and the panels to come are read ahead.
+// Two by two tiles do four products for four loads, of which the second level cache serves two without holding up the
+// tiles: activations come from there, a stretch of weights stays in the first level, and the next is read ahead.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -92,173 +92,259 @@ void few_rows(const Gemm& gemm, const std::byte* left, Range rows, Range panels)
 
 // What will be wanted next is fetched a few lines at a step, evenly over all steps.
 struct ReadAhead {
-  const std::byte* at;
+  const std::byte* first;
+  const std::byte* second;
   int lines_per_step;
 
   void step() {
-    for (int line = 0; line < lines_per_step; ++line, at += kLineBytes) _mm_prefetch(at, _MM_HINT_T1);
+    for (int line = 0; line < lines_per_step; ++line, first += kLineBytes, second += kLineBytes) {
+      _mm_prefetch(first, _MM_HINT_T1);
+      _mm_prefetch(second, _MM_HINT_T1);
+    }
   }
+};
+
+// Sums of 32 rows x 32 outputs, row by row.
+constexpr std::int64_t kBlockRows = 2 * kTileRows;
+constexpr std::int64_t kSumsStride = 2 * kPanelWidth;
+constexpr std::int64_t kSumsBytes = kSumsStride * 4;
+constexpr std::int64_t kLowerSums = kTileRows * kSumsStride;
+constexpr std::int64_t kBlockFloats = kBlockRows * kSumsStride;
+
+enum class Store {
+  kFloats,
+  kHalves,
+  // Around the caches, whole lines only: outputs that no cache would hold until they are read need not be fetched to be
+  // written, and leave the caches to weights and activations.
+  kStreamedHalves,
 };
 
 // The outputs of one block of 32 x 32, a few rows at a step. A copy of it stays in registers, which the asm of the tiles
 // would not leave to anything else.
 struct OutputRows {
-  const float* sums;  // [32][32]
+  const float* sums;
   std::byte* out;
   std::int64_t out_bytes;  // from row to row
   std::int64_t left;
+  Store store;
   __mmask32 mask;
-  bool is_float;
   __m512 low_bias;
   __m512 high_bias;
 
-  // Fetches lines before they are written.
-  void fetch(int num_rows) {
-    for (int i = 0; i < num_rows && left > 0; ++i, --left, out += out_bytes) __builtin_prefetch(out, 1);
+  void write(int num_rows) {
+    switch (store) {
+      case Store::kFloats: return write_rows<Store::kFloats>(num_rows);
+      case Store::kHalves: return write_rows<Store::kHalves>(num_rows);
+      case Store::kStreamedHalves: return write_rows<Store::kStreamedHalves>(num_rows);
+    }
   }
 
-  void write(int num_rows) {
-    for (int i = 0; i < num_rows && left > 0; ++i, --left, sums += 2 * kPanelWidth, out += out_bytes) {
+ private:
+  template <Store kStore>
+  void write_rows(int num_rows) {
+    for (int i = 0; i < num_rows && left > 0; ++i, --left, sums += kSumsStride, out += out_bytes) {
       const __m512 low = _mm512_add_ps(_mm512_load_ps(sums), low_bias);
       const __m512 high = _mm512_add_ps(_mm512_load_ps(sums + kPanelWidth), high_bias);
-      if (is_float) {
+      if constexpr (kStore == Store::kFloats) {
         _mm512_mask_storeu_ps(out, static_cast<__mmask16>(mask), low);
         _mm512_mask_storeu_ps(out + 64, static_cast<__mmask16>(mask >> 16), high);
-      } else {
-        _mm512_mask_storeu_epi16(out, mask, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+        continue;
       }
+      const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+      if constexpr (kStore == Store::kHalves) _mm512_mask_storeu_epi16(out, mask, halves);
+      if constexpr (kStore == Store::kStreamedHalves) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), halves);
     }
   }
 };
 
-// The sums of a block are written while the next block is computed. Written at once, they would wait for the stores of
-// the tiles, and these for the lines of the outputs before.
-class DelayedOutputs {
- public:
-  static constexpr std::int64_t kBlockRows = 2 * kTileRows;
-  static constexpr std::int64_t kStride = 2 * kPanelWidth;
+// The k blocks of a piece in stretches. That of two panels stays in the first level cache while all rows of the piece pass,
+// and their sums wait in the second. A single pass of rows uses nothing twice, and has one stretch.
+struct Stretches {
+  static constexpr std::int64_t kMostBlocks = 8;
 
-  explicit DelayedOutputs(const Gemm& gemm)
-      : rows_per_step(static_cast<int>((kBlockRows + k_blocks(gemm) - 1) / k_blocks(gemm))), gemm_(gemm) {}
+  Stretches(std::int64_t num_blocks, std::int64_t num_passes)
+      : blocks(num_blocks), count(num_passes == 1 ? 1 : (num_blocks + kMostBlocks - 1) / kMostBlocks) {}
 
-  const int rows_per_step;
-
-  // The block before, whose sums are there.
-  const OutputRows& waiting() const { return waiting_; }
-
-  // A block to be computed now.
-  OutputRows next(std::int64_t row, std::int64_t num_rows, std::int64_t panel, std::int64_t num_panels) const {
-    const std::int64_t column = panel * kPanelWidth;
-    const std::int64_t left = gemm_.out_features - column;
-    const std::int64_t width = num_panels * kPanelWidth;
-    const std::int64_t count = left < width ? left : width;
-    const __mmask32 mask = count >= 32 ? ~0U : (1U << count) - 1;
-    const bool is_float = gemm_.out_dtype == DType::kFloat32;
-    const std::int64_t size = is_float ? 4 : 2;
-    return {.sums = sums_[next_],
-            .out = gemm_.out + (row * gemm_.out_stride + column) * size,
-            .out_bytes = gemm_.out_stride * size,
-            .left = num_rows,
-            .mask = mask,
-            .is_float = is_float,
-            .low_bias = bias(column, static_cast<__mmask16>(mask)),
-            .high_bias = bias(column + kPanelWidth, static_cast<__mmask16>(mask >> 16))};
-  }
-  float* next_sums() { return sums_[next_]; }
-
-  // It is computed, and the one before is written.
-  void put(const OutputRows& block) {
-    waiting_ = block;
-    next_ ^= 1;
+  std::int64_t begin(std::int64_t stretch) const { return blocks * stretch / count; }
+  // How many rows of a block's outputs are written at each step of even the shortest stretch.
+  int rows_per_step() const {
+    const std::int64_t shortest = blocks / count;
+    return static_cast<int>((kBlockRows + shortest - 1) / shortest);
   }
 
-  void flush() { waiting_.write(kBlockRows); }
-
- private:
-  __m512 bias(std::int64_t column, __mmask16 mask) const {
-    return gemm_.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, gemm_.bias + column);
-  }
-
-  const Gemm& gemm_;
-  OutputRows waiting_{};
-  int next_ = 0;
-  alignas(64) float sums_[2][kBlockRows * kStride] = {};
+  std::int64_t blocks;
+  std::int64_t count;
 };
 
-// One or two tiles of rows x one or two panels.
+// One pass of a stretch: up to 32 rows x one or two panels.
+struct Pass {
+  const std::byte* upper;
+  const std::byte* lower;
+  const std::byte* first;
+  const std::byte* second;
+  std::int64_t bytes;  // of the stretch in each of them
+  float* sums;
+  bool begins;  // no sums yet
+};
+
 template <bool kTwoRows, bool kTwoPanels>
-void tile_block(const Gemm& gemm, const std::byte* left, std::int64_t panel, OutputRows own, ReadAhead& ahead,
-                DelayedOutputs& outputs) {
-  zero_tile<0>();
-  if constexpr (kTwoPanels) zero_tile<1>();
-  if constexpr (kTwoRows) zero_tile<2>();
-  if constexpr (kTwoRows && kTwoPanels) zero_tile<3>();
-  const std::int64_t blocks = k_blocks(gemm);
-  const std::byte* lower = left + blocks * kTileBytes;
-  const std::byte* right = gemm.weights + panel * gemm.panel_bytes;
-  const std::byte* second = right + gemm.panel_bytes;
-  const std::byte* const end = right + blocks * kTileBytes;
-  const int rows_per_step = outputs.rows_per_step;
-  OutputRows before = outputs.waiting();
+void load_sums(const Pass& pass) {
+  if (pass.begins) {
+    zero_tile<0>();
+    if constexpr (kTwoPanels) zero_tile<1>();
+    if constexpr (kTwoRows) zero_tile<2>();
+    if constexpr (kTwoRows && kTwoPanels) zero_tile<3>();
+    return;
+  }
+  load_tile<0>(pass.sums, kSumsBytes);
+  if constexpr (kTwoPanels) load_tile<1>(pass.sums + kPanelWidth, kSumsBytes);
+  if constexpr (kTwoRows) load_tile<2>(pass.sums + kLowerSums, kSumsBytes);
+  if constexpr (kTwoRows && kTwoPanels) load_tile<3>(pass.sums + kLowerSums + kPanelWidth, kSumsBytes);
+}
+
+// Computes the sums of `pass` and writes the outputs of the pass before, which at once would wait for the stores of tiles.
+template <bool kTwoRows, bool kTwoPanels>
+void run_pass(const Pass& pass, int rows_per_step, OutputRows before, ReadAhead& ahead) {
+  load_sums<kTwoRows, kTwoPanels>(pass);
   ReadAhead coming = ahead;
-  for (; right < end; left += kTileBytes, lower += kTileBytes, right += kTileBytes, second += kTileBytes) {
+  for (std::int64_t at = 0; at < pass.bytes; at += kTileBytes) {
     coming.step();
-    own.fetch(rows_per_step);
     before.write(rows_per_step);
-    load_tile<6>(left, 64);
-    load_tile<4>(right, 64);
+    load_tile<6>(pass.upper + at, 64);
+    load_tile<4>(pass.first + at, 64);
     multiply_tiles<0, 6, 4>();
     if constexpr (kTwoPanels) {
-      load_tile<5>(second, 64);
+      load_tile<5>(pass.second + at, 64);
       multiply_tiles<1, 6, 5>();
     }
     if constexpr (kTwoRows) {
-      load_tile<7>(lower, 64);
+      load_tile<7>(pass.lower + at, 64);
       multiply_tiles<2, 7, 4>();
     }
     if constexpr (kTwoRows && kTwoPanels) multiply_tiles<3, 7, 5>();
   }
   ahead = coming;
-  constexpr std::int64_t kStrideBytes = DelayedOutputs::kStride * 4;
-  constexpr std::int64_t kHalf = kTileRows * DelayedOutputs::kStride;
-  float* const sums = outputs.next_sums();
-  store_tile<0>(sums, kStrideBytes);
-  if constexpr (kTwoPanels) store_tile<1>(sums + kPanelWidth, kStrideBytes);
-  if constexpr (kTwoRows) store_tile<2>(sums + kHalf, kStrideBytes);
-  if constexpr (kTwoRows && kTwoPanels) store_tile<3>(sums + kHalf + kPanelWidth, kStrideBytes);
+  store_tile<0>(pass.sums, kSumsBytes);
+  if constexpr (kTwoPanels) store_tile<1>(pass.sums + kPanelWidth, kSumsBytes);
+  if constexpr (kTwoRows) store_tile<2>(pass.sums + kLowerSums, kSumsBytes);
+  if constexpr (kTwoRows && kTwoPanels) store_tile<3>(pass.sums + kLowerSums + kPanelWidth, kSumsBytes);
 }
 
-// The rows of a piece over one or two panels.
-template <bool kTwoPanels>
-void panel_block(const Gemm& gemm, const std::byte* left, Range rows, std::int64_t panel, DelayedOutputs& outputs) {
-  constexpr std::int64_t kStep = DelayedOutputs::kBlockRows;
-  const std::int64_t blocks = k_blocks(gemm);
-  const std::int64_t passes = (rows.end - rows.begin + kStep - 1) / kStep;
-  // A single pass uses nothing twice, and waits for memory anyway.
-  constexpr std::int64_t kLinesPerBlock = 2 * kTileBytes / kLineBytes;
-  ReadAhead ahead{gemm.weights + (panel + 2) * gemm.panel_bytes,
-                  passes == 1 ? 0 : static_cast<int>((kLinesPerBlock + passes - 1) / passes)};
-  for (std::int64_t row = rows.begin; row < rows.end; row += kStep) {
-    const std::byte* const tiles = left + row / kTileRows * blocks * kTileBytes;
-    const std::int64_t num_rows = rows.end - row < kStep ? rows.end - row : kStep;
-    const OutputRows own = outputs.next(row, num_rows, panel, kTwoPanels ? 2 : 1);
-    if (num_rows > kTileRows) {
-      tile_block<true, kTwoPanels>(gemm, tiles, panel, own, ahead, outputs);
-    } else {
-      tile_block<false, kTwoPanels>(gemm, tiles, panel, own, ahead, outputs);
-    }
-    outputs.put(own);
+constexpr std::int64_t kRowsPerPiece = 256;
+// As much as a second level cache holds.
+constexpr std::int64_t kStreamedBytes = 1 << 20;
+
+// Some rows over some panels, two panels at a time.
+class ManyRows {
+ public:
+  ManyRows(const Gemm& gemm, const std::byte* prepared, Range rows)
+      : gemm_(gemm),
+        prepared_(prepared),
+        rows_(rows),
+        num_passes_((rows.end - rows.begin + kBlockRows - 1) / kBlockRows),
+        stretches_(k_blocks(gemm), num_passes_) {}
+
+  void run(Range panels) {
+    std::int64_t panel = panels.begin;
+    for (; panel + 2 <= panels.end; panel += 2) run_panels<true>(panel);
+    if (panel < panels.end) run_panels<false>(panel);
+    waiting_.write(kBlockRows);
+    _mm_sfence();
   }
-}
+
+ private:
+  template <bool kTwoPanels>
+  void run_panels(std::int64_t panel) {
+    const std::byte* const first = gemm_.weights + panel * gemm_.panel_bytes;
+    for (std::int64_t stretch = 0; stretch < stretches_.count; ++stretch) {
+      const bool ends = stretch + 1 == stretches_.count;
+      const std::byte* const next = first + (ends ? 2 * gemm_.panel_bytes : stretches_.begin(stretch + 1) * kTileBytes);
+      ReadAhead ahead{next, next + gemm_.panel_bytes, lines_per_step()};
+      for (std::int64_t pass = 0; pass < num_passes_; ++pass) {
+        const std::int64_t num_rows = rows_in(pass);
+        const OutputRows own = ends ? outputs(pass, num_rows, panel, kTwoPanels ? 2 : 1) : OutputRows{};
+        const Pass work = pass_of(pass, first, stretch);
+        if (num_rows > kTileRows) {
+          run_pass<true, kTwoPanels>(work, rows_per_step_, waiting_, ahead);
+        } else {
+          run_pass<false, kTwoPanels>(work, rows_per_step_, waiting_, ahead);
+        }
+        waiting_ = own;
+      }
+    }
+  }
+
+  // A single pass uses nothing twice, and waits for memory anyway.
+  int lines_per_step() const {
+    constexpr std::int64_t kLines = kTileBytes / kLineBytes;
+    return num_passes_ == 1 ? 0 : static_cast<int>((kLines + num_passes_ - 1) / num_passes_);
+  }
+
+  std::int64_t rows_in(std::int64_t pass) const {
+    const std::int64_t left = rows_.end - rows_.begin - pass * kBlockRows;
+    return left < kBlockRows ? left : kBlockRows;
+  }
+
+  Pass pass_of(std::int64_t pass, const std::byte* first, std::int64_t stretch) {
+    const std::int64_t tile_row_bytes = stretches_.blocks * kTileBytes;
+    const std::int64_t begin = stretches_.begin(stretch) * kTileBytes;
+    const std::byte* const upper = prepared_ + (rows_.begin / kTileRows + 2 * pass) * tile_row_bytes + begin;
+    // Sums that nobody adds to stay near.
+    const std::int64_t block = stretches_.count > 1 ? pass : next_++ % 2;
+    return {.upper = upper,
+            .lower = upper + tile_row_bytes,
+            .first = first + begin,
+            .second = first + gemm_.panel_bytes + begin,
+            .bytes = stretches_.begin(stretch + 1) * kTileBytes - begin,
+            .sums = sums_ + block * kBlockFloats,
+            .begins = stretch == 0};
+  }
+
+  OutputRows outputs(std::int64_t pass, std::int64_t num_rows, std::int64_t panel, std::int64_t num_panels) const {
+    const std::int64_t column = panel * kPanelWidth;
+    const std::int64_t left = gemm_.out_features - column;
+    const std::int64_t width = num_panels * kPanelWidth;
+    const std::int64_t count = left < width ? left : width;
+    const __mmask32 mask = count >= 32 ? ~0U : (1U << count) - 1;
+    const std::int64_t size = gemm_.out_dtype == DType::kFloat32 ? 4 : 2;
+    const std::int64_t row = rows_.begin + pass * kBlockRows;
+    return {.sums = sums_ + (stretches_.count > 1 ? pass : next_ % 2) * kBlockFloats,
+            .out = gemm_.out + (row * gemm_.out_stride + column) * size,
+            .out_bytes = gemm_.out_stride * size,
+            .left = num_rows,
+            .store = store_ == Store::kStreamedHalves && count < 2 * kPanelWidth ? Store::kHalves : store_,
+            .mask = mask,
+            .low_bias = bias(column, static_cast<__mmask16>(mask)),
+            .high_bias = bias(column + kPanelWidth, static_cast<__mmask16>(mask >> 16))};
+  }
+
+  __m512 bias(std::int64_t column, __mmask16 mask) const {
+    return gemm_.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, gemm_.bias + column);
+  }
+
+  static Store store_of(const Gemm& gemm) {
+    if (gemm.out_dtype == DType::kFloat32) return Store::kFloats;
+    const std::int64_t row_bytes = gemm.out_stride * 2;
+    const bool is_aligned = reinterpret_cast<std::uintptr_t>(gemm.out) % kLineBytes == 0 && row_bytes % kLineBytes == 0;
+    return is_aligned && gemm.num_rows * row_bytes >= kStreamedBytes ? Store::kStreamedHalves : Store::kHalves;
+  }
+
+  const Gemm& gemm_;
+  const Store store_ = store_of(gemm_);
+  const std::byte* const prepared_;
+  const Range rows_;
+  const std::int64_t num_passes_;
+  const Stretches stretches_;
+  const int rows_per_step_ = stretches_.rows_per_step();
+  OutputRows waiting_{};
+  std::int64_t next_ = 0;
+  alignas(64) float sums_[kRowsPerPiece / kBlockRows * kBlockFloats];
+};
 
 void compute(const Gemm& gemm, const std::byte* prepared, Range rows, Range panels) {
   if (gemm.num_rows <= kTileRows) return few_rows(gemm, prepared, rows, panels);
   const TileConfig config;
-  DelayedOutputs outputs(gemm);
-  std::int64_t panel = panels.begin;
-  for (; panel + 2 <= panels.end; panel += 2) panel_block<true>(gemm, prepared, rows, panel, outputs);
-  if (panel < panels.end) panel_block<false>(gemm, prepared, rows, panel, outputs);
-  outputs.flush();
+  ManyRows(gemm, prepared, rows).run(panels);
 }
 
 std::int64_t prepared_bytes(const Gemm& gemm) {
@@ -285,7 +371,7 @@ void prepare(const Gemm& gemm, Range rows, std::byte* prepared) {
   }
 }
 
-constexpr GemmKernel kKernel = {&prepared_bytes, &prepare, &compute, 1024};
+constexpr GemmKernel kKernel = {&prepared_bytes, &prepare, &compute, kRowsPerPiece};
 
 }  // namespace
 

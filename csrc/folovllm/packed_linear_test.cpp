@@ -176,6 +176,33 @@ TEST_CASE("bits depend neither on the rows around nor on the threads") {
   });
 }
 
+TEST_CASE("bits are the same where threads own rows, and outputs go around the caches") {
+  constexpr std::int64_t kRows = 500;
+  constexpr std::int64_t kOut = 1088;
+  const Case all(DType::kBFloat16, kRows, kOut, 600);
+  const auto layer = all.layer();
+  set_num_threads(1);
+  constexpr std::int64_t kPart = 20;
+  std::vector<Bytes> parts;
+  for (std::int64_t row = 0; row < kRows; row += kPart) parts.push_back(all.run(*layer, row, kPart));
+  constexpr std::size_t kLine = 64;
+  Bytes memory(kRows * kOut * 2 + kLine);
+  void* aligned = memory.data();
+  std::size_t space = memory.size();
+  REQUIRE(std::align(kLine, kRows * kOut * 2, aligned, space) != nullptr);
+  for (const int threads : {1, 2, 3}) {
+    set_num_threads(threads);
+    layer->forward(all.x.data(), kRows, all.x_stride, static_cast<std::byte*>(aligned), kOut, DType::kBFloat16, false);
+    bool is_equal = true;
+    for (std::size_t part = 0; part < parts.size(); ++part) {
+      const std::byte* const whole = static_cast<std::byte*>(aligned) + part * kPart * kOut * 2;
+      is_equal = is_equal && std::memcmp(whole, parts[part].data(), parts[part].size()) == 0;
+    }
+    INFO("threads ", threads);
+    CHECK(is_equal);
+  }
+}
+
 TEST_CASE("weights come back as they were packed, in whatever pieces") {
   set_num_threads(2);
   constexpr std::int64_t kRows = 77;
