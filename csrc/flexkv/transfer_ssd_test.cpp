@@ -2,6 +2,7 @@
 
 #include <doctest/doctest.h>
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -313,6 +314,31 @@ TEST_CASE("a request the system never gives back makes its block untouchable and
   const Written written = write(transfer, {0, 1}, {0, 1}, Clock::now() + 10s);
   CHECK(written.status == std::vector<std::int32_t>{EINPROGRESS, 0});
   CHECK_THROWS_AS(write(transfer, {1}, {1}), flexkv::SsdTransferError);
+}
+
+TEST_CASE("without io_uring threads take over and say so, unless it was asked for by name") {
+  Store store(8192, 8192, 1);
+  // One more descriptor is allowed: the file gets it, a ring does not.
+  const int next = dup(0);
+  close(next);
+  rlimit old{};
+  REQUIRE(getrlimit(RLIMIT_NOFILE, &old) == 0);
+  const rlimit tight{static_cast<rlim_t>(next) + 1, old.rlim_max};
+  REQUIRE(setrlimit(RLIMIT_NOFILE, &tight) == 0);
+  std::unique_ptr<SsdTransfer> transfer;
+  CHECK_NOTHROW(transfer = std::make_unique<SsdTransfer>(store.layout, store.paths, store.pool(), small_io()));
+  CHECK(setrlimit(RLIMIT_NOFILE, &old) == 0);
+  REQUIRE(transfer != nullptr);
+  CHECK_FALSE(transfer->is_io_uring());
+  REQUIRE_FALSE(transfer->fallbacks().empty());
+  CHECK(transfer->fallbacks().back().find("threads instead of io_uring") == 0);
+  check_round_trip(store, *transfer);
+  transfer.reset();
+
+  REQUIRE(setrlimit(RLIMIT_NOFILE, &tight) == 0);
+  const auto forced = [&] { SsdTransfer(store.layout, store.paths, store.pool(), small_io(SsdBackend::kIoUring)); };
+  CHECK_THROWS_AS(forced(), std::system_error);
+  CHECK(setrlimit(RLIMIT_NOFILE, &old) == 0);
 }
 
 TEST_CASE("what makes no sense is refused before any byte moves") {

@@ -12,7 +12,8 @@ Order is what makes it safe to be killed at any moment:
 A row that is there was committed after its data had been written in full, and no slot is written while a row names it.
 Against kill -9 that order is the guarantee: what a process has handed to the kernel outlives it. Against a loss of
 power it is not, since the disk may have kept a row and lost its data: there the checksum is the guarantee (a wrong
-block is a miss), or `Durability.POWER`, for which the caller also syncs the data before it inserts their rows.
+block is a miss), or `Durability.POWER`, for which the caller also syncs the data before it inserts their rows. The
+checksum also tells when a request of the killed process reaches the disk late, in a slot that is in use again by then.
 """
 
 from __future__ import annotations
