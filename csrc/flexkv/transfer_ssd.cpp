@@ -17,6 +17,8 @@ namespace {
 
 // How often a request may come back with EAGAIN, EINTR or without progress before that becomes its error.
 constexpr std::uint32_t kMaxAttempts = 64;
+// Large requests keep a disk busy before there are queue_depth of them, and more would only make a deadline later.
+constexpr std::uint64_t kMaxBytesInFlight = 32 << 20;
 constexpr std::uint64_t kMaxRegisteredBytes = std::uint64_t{1} << 30;
 
 void require(bool holds, const std::string& message) {
@@ -53,7 +55,6 @@ bool fits_in_place(const SsdLayout& layout, const PoolSide& pool) {
 std::byte* allocate_aligned(std::size_t bytes) {
   auto* memory = static_cast<std::byte*>(std::aligned_alloc(kSectorBytes, bytes));
   if (memory == nullptr) throw std::bad_alloc();
-  std::memset(memory, 0, bytes);
   return memory;
 }
 
@@ -80,6 +81,7 @@ struct SsdTransfer::Batch {
   SsdPlan plan;
   std::size_t next_piece = 0;
   std::uint32_t num_in_flight = 0;
+  std::uint64_t bytes_in_flight = 0;
   bool is_expired = false;
   std::vector<std::uint32_t> to_verify;  // blocks whose checksum is due, by index into the batch
 
@@ -176,7 +178,7 @@ void SsdTransfer::write(std::span<const std::int64_t> slots, std::span<const std
                         std::span<std::uint64_t> checksums) {
   check(slots, pool_blocks, slots);
   require(status.size() == slots.size() && checksums.size() == slots.size(), "one status and checksum per block");
-  Batch batch{IoKind::kWrite, slots, pool_blocks, {}, checksums, status, {}, 0, 0, false, {}};
+  Batch batch{IoKind::kWrite, slots, pool_blocks, {}, checksums, status, {}, 0, 0, 0, false, {}};
   run(batch, deadline);
 }
 
@@ -185,7 +187,7 @@ void SsdTransfer::read(std::span<const std::int64_t> slots, std::span<const std:
                        std::span<std::int32_t> status) {
   check(slots, pool_blocks, pool_blocks);
   require(status.size() == slots.size() && checksums.size() == slots.size(), "one status and checksum per block");
-  Batch batch{IoKind::kRead, slots, pool_blocks, checksums, {}, status, {}, 0, 0, false, {}};
+  Batch batch{IoKind::kRead, slots, pool_blocks, checksums, {}, status, {}, 0, 0, 0, false, {}};
   run(batch, deadline);
 }
 
@@ -236,7 +238,9 @@ void SsdTransfer::drain(Batch& batch) {
 
 void SsdTransfer::start_pieces(Batch& batch) {
   while (batch.next_piece < batch.plan.pieces.size() && !free_tags_.empty()) {
-    const Piece piece = batch.plan.pieces[batch.next_piece++];
+    const Piece piece = batch.plan.pieces[batch.next_piece];
+    if (batch.num_in_flight > 0 && batch.bytes_in_flight + piece.bytes > kMaxBytesInFlight) break;
+    ++batch.next_piece;
     if (piece.num_blocks == 1 && batch.status[batch.block(piece, 0)] != 0) {
       finish(batch, piece);  // another part of this block has failed
       continue;
@@ -245,6 +249,7 @@ void SsdTransfer::start_pieces(Batch& batch) {
     free_tags_.pop_back();
     flights_[tag] = {piece, 0, 0};
     ++batch.num_in_flight;
+    batch.bytes_in_flight += piece.bytes;
     if (is_bounced() && batch.kind == IoKind::kWrite) copy_bounce(batch, tag);
     push(batch, tag);
   }
@@ -285,9 +290,10 @@ void SsdTransfer::complete(Batch& batch, const IoCompletion& completion) {
     return;
   }
   if (batch.is_expired && !is_whole && (error == 0 || error == ECANCELED)) error = ETIMEDOUT;
-  --batch.num_in_flight;
-  free_tags_.push_back(completion.tag);
   const Piece piece = flight.piece;
+  --batch.num_in_flight;
+  batch.bytes_in_flight -= piece.bytes;
+  free_tags_.push_back(completion.tag);
   if (error != 0) {
     fail(batch, piece, error);
     return;

@@ -32,8 +32,8 @@ namespace flexkv {
 enum class SsdBackend { kAuto, kIoUring, kThreads };
 
 struct SsdOptions {
-  std::uint32_t queue_depth = 32;  // most requests in flight, 1..4096
-  std::uint32_t io_bytes = 1 << 20;  // most bytes of a request: a multiple of 4096, at most 1 GiB
+  std::uint32_t queue_depth = 128;  // most requests in flight, 1..4096; of large ones fewer
+  std::uint32_t io_bytes = 1 << 20;   // most bytes of a request: a multiple of 4096, at most 1 GiB
   SsdBackend backend = SsdBackend::kAuto;
   std::uint32_t num_threads = 8;  // of the thread backend
   bool register_memory = true;    // pin the whole pool, so that requests need not

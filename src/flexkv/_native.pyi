@@ -83,7 +83,7 @@ class HostTransfer:
 class SsdOptions:
     """How an `SsdTransfer` works; see csrc/flexkv/transfer_ssd.h for the bounds.
 
-    `queue_depth` requests of at most `io_bytes` (a multiple of 4096) are in flight. `backend` is "auto", "io_uring" or
+    Up to `queue_depth` requests of at most `io_bytes` (a multiple of 4096) each are in flight. `backend` is "auto", "io_uring" or
     "threads", of which there are `num_threads`. `drain_timeout_ms`: how long to wait, after a deadline, for requests
     that the disk does not give back.
     """
@@ -91,7 +91,7 @@ class SsdOptions:
     def __init__(
         self,
         *,
-        queue_depth: int = 32,
+        queue_depth: int = 128,
         io_bytes: int = 1048576,
         backend: str = "auto",
         num_threads: int = 8,
