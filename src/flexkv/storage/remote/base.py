@@ -28,6 +28,7 @@ BoolArray = npt.NDArray[np.bool_]
 BlockBuffer = npt.NDArray[Any] | memoryview | bytearray | bytes
 """The bytes of one block: any C-contiguous buffer."""
 
+_LONGEST_WAIT_S: Final = 1e6
 _LARGEST_BATCH: Final = 1_000_000
 
 
@@ -51,7 +52,7 @@ class RemoteTimeoutError(RemoteStoreError):
 
 
 def time_left(deadline: float) -> float:
-    """Return the seconds until `deadline`, more than 0.
+    """Return the seconds until `deadline`, more than 0 and not more than a socket or lock can wait.
 
     Raises:
         RemoteTimeoutError: it has passed.
@@ -59,7 +60,7 @@ def time_left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
         raise RemoteTimeoutError("the deadline has passed")
-    return left
+    return min(left, _LONGEST_WAIT_S)
 
 
 class RemoteStore(ABC):

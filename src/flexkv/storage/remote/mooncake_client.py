@@ -104,6 +104,8 @@ class MooncakeClient:
         """End the process, by force after `wait_s`, and give its memory back. Idempotent; calls under way fail."""
         self.is_dead = True
         self._control.close()
+        if not any(lane.has_answered for lane in self._all_lanes):
+            wait_s = 0.0  # it has lent the cluster nothing, and while it tries to join, it hears nothing
         for lane in self._all_lanes:
             lane.hang_up()
         try:
@@ -132,6 +134,8 @@ class Lane:
         self._unsent = b""
         self.owes = True
         """Whether a reply is still to come; until then the memory is the client's."""
+        self.has_answered = False
+        """Whether any reply has come, the first being that the client has joined its cluster."""
 
     def slots(self, sizes: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
         """Return the memory of a request's values."""
@@ -182,6 +186,7 @@ class Lane:
             reply = self._decoder.decode(body)
             if reply.request_id == self._request_id:
                 self.owes = False
+                self.has_answered = True
                 return reply.codes
 
     def _ended(self) -> RemoteStoreError:

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 _RECEIVE_S: Final = 10.0
 """How long to wait for the memory, which was sent before this process was started."""
 
-_LIBRARY_SETTINGS: Final = {"MC_LOG_LEVEL": "ERROR", "MC_RPC_TIMEOUT_MS": "10000"}
+_LIBRARY_SETTINGS: Final = {"MC_LOG_LEVEL": "ERROR", "MC_RPC_TIMEOUT_MS": "10000", "MC_STORE_CLIENT_SETUP_RETRIES": "3"}
 """Read by the library from the environment when it is loaded; what the user has set there stays."""
 _LEAVE_S: Final = 3.0
 """How long leaving the cluster may take; the master notices by itself later."""

@@ -97,7 +97,7 @@ class PosixStore(RemoteBackend):
         def write(i: int) -> None:
             done[i] = self._write(keys[i], views[i])
 
-        _for_each(len(keys), write, deadline)
+        _for_each(len(keys), write, deadline, harmless=frozenset())
 
     def _delete(self, keys: Sequence[str], deadline: float) -> None:
         _for_each(len(keys), lambda i: os.unlink(self._path(keys[i])), deadline)
@@ -128,10 +128,6 @@ class PosixStore(RemoteBackend):
                 os.unlink(temporary)
             if error.errno in _FULL:
                 return False
-            if self._closed.is_set():
-                raise RemoteStoreError(f"the {self.kind} store is closed") from error
-            if error.errno in _ABSENT:  # not a miss: the directory we write in is gone
-                raise RemoteStoreError(f"cannot write {target!r}: {error}") from error
             raise
         return True
 
@@ -226,15 +222,15 @@ def _is_same_file(fd: int, path: Path) -> bool:
         return False
 
 
-def _for_each(num_keys: int, act: Callable[[int], None], deadline: float) -> None:
-    """Do all of a batch: what is absent is skipped; other errors wait for the end, as they may concern one file."""
+def _for_each(num_keys: int, act: Callable[[int], None], deadline: float, harmless: frozenset[int] = _ABSENT) -> None:
+    """Do all of a batch. Errors that are not harmless are raised at the end, as they may concern one file only."""
     failure: OSError | None = None
     for i in range(num_keys):
         time_left(deadline)
         try:
             act(i)
         except OSError as error:
-            if error.errno not in _ABSENT:
+            if error.errno not in harmless:
                 failure = failure or error
     if failure is not None:
         raise RemoteStoreError(str(failure), is_transient=failure.errno in _TRANSIENT) from failure
