@@ -1,5 +1,6 @@
 """Servers of the remote stores, as real processes: redis-server, moto (S3 over HTTP), mooncake_master."""
 
+import functools
 import http.client
 import importlib.util
 import re
@@ -146,8 +147,15 @@ def require_backend(kind: str) -> None:
         pytest.importorskip("flask_cors")
         if importlib.util.find_spec("moto") is None:
             pytest.skip("moto is not installed")
-    if kind == "mooncake" and importlib.util.find_spec("mooncake") is None:
-        pytest.skip("mooncake-transfer-engine-non-cuda is not installed")
+    if kind == "mooncake" and (problem := mooncake_problem()):
+        pytest.skip(f"the Mooncake client cannot be loaded: {problem}")
+
+
+@functools.cache
+def mooncake_problem() -> str:
+    """Return why the library does not load here, such as a system library that it lacks; not in this process."""
+    trial = subprocess.run([sys.executable, "-c", "import mooncake.store"], capture_output=True, text=True)
+    return "" if trial.returncode == 0 else (trial.stderr.strip().splitlines() or ["it crashed"])[-1]
 
 
 def free_port() -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tests.flexkv.remote_servers import MooncakeServer, eventually, require_backend, s3_url, soon
 
-from flexkv.storage.remote.base import RemoteStore, RemoteTimeoutError
+from flexkv.storage.remote.base import RemoteStore, RemoteStoreError, RemoteTimeoutError
 from flexkv.storage.remote.factory import open_backend, open_remote_store
 from flexkv.storage.remote.keys import block_key
 from flexkv.storage.remote.mooncake import MooncakeStore
@@ -22,7 +22,7 @@ from flexkv.storage.remote.resilient import ResilienceConfig, ResilientStore
 
 BLOCK_BYTES = 100_000
 KEYS = [block_key("hanging", "m", bytes([i])) for i in range(3)]
-SHORT_S = 0.3
+SHORT_S = 0.1
 
 
 def blocks(count: int = 3) -> list[np.ndarray]:
@@ -157,7 +157,7 @@ def test_threads_that_wait_for_a_connection_keep_their_deadline() -> None:
             assert len(errors) == 6
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mooncake_store() -> Iterator[MooncakeStore]:
     require_backend("mooncake")
     with ExitStack() as stack:
@@ -165,7 +165,6 @@ def mooncake_store() -> Iterator[MooncakeStore]:
         stack.callback(server.kill)
         store = stack.enter_context(open_backend(server.url, block_bytes=BLOCK_BYTES))
         assert isinstance(store, MooncakeStore)
-        assert store.put(KEYS, blocks(), soon()).all()
         yield store
 
 
@@ -175,6 +174,7 @@ def client_pid(store: MooncakeStore) -> int:
 
 
 def test_what_a_stopped_mooncake_client_answers_late_is_dropped(mooncake_store: MooncakeStore) -> None:
+    assert mooncake_store.put(KEYS, blocks(), soon()).all()
     pid = client_pid(mooncake_store)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -189,8 +189,11 @@ def test_what_a_stopped_mooncake_client_answers_late_is_dropped(mooncake_store: 
 
 
 def test_a_mooncake_client_that_dies_is_started_again(mooncake_store: MooncakeStore) -> None:
+    assert mooncake_store.ping(soon())
     pid = client_pid(mooncake_store)
     os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RemoteStoreError, match="client process has ended; "):
+        mooncake_store.exists(KEYS, soon())
     store = ResilientStore(mooncake_store, ResilienceConfig(cooldown_s=0.05))
     eventually(lambda: store.put(KEYS, blocks(), soon()).all() and store.get(KEYS, blocks(), soon()).all())
     assert client_pid(mooncake_store) != pid

@@ -125,7 +125,7 @@ class RemoteStore(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of connections, threads and processes; calls under way end with an error. Idempotent."""
+        """Let go of connections, threads and processes. Calls under way end by their deadline. Idempotent."""
 
     def __enter__(self) -> Self:
         return self

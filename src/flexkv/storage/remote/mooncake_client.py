@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import IO, Final
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -32,6 +32,7 @@ from flexkv.storage.remote.mooncake_wire import (
 
 logger = logging.getLogger(__name__)
 
+_LAST_WORDS_S: Final = 0.2
 STOP_S: Final = 5.0
 """How long a client process may take to leave its cluster."""
 
@@ -46,6 +47,7 @@ class MooncakeClient:
             RemoteStoreError: it cannot be started.
         """
         self.is_dead = False
+        self._last_words = "it had nothing to say"
         self._lock = threading.Lock()
         self._free = threading.Semaphore(num_lanes)
         self._lanes: deque[Lane] = deque()  # idle ones, protected by _lock; those that owe nothing on the right
@@ -59,7 +61,7 @@ class MooncakeClient:
                 self._all_lanes = tuple(self._lanes)
                 self._memory.send(self._control)
                 self._process = _start(config, their_control.fileno(), tuple(fd.fileno() for fd in fds))
-                self._log_thread = threading.Thread(target=_log, args=(self._process.stderr,), daemon=True)
+                self._log_thread = threading.Thread(target=self._log, name="flexkv-mooncake-log", daemon=True)
                 self._log_thread.start()
             except (OSError, FlexKVError) as error:
                 raise RemoteStoreError(f"the Mooncake client process cannot be started: {error}") from error
@@ -70,7 +72,7 @@ class MooncakeClient:
         ours, theirs = socket.socketpair()
         owner.enter_context(ours)
         begin = index * lane_bytes
-        self._lanes.append(Lane(ours, self._memory.array()[begin : begin + lane_bytes], self._mark_dead))
+        self._lanes.append(Lane(ours, self._memory.array()[begin : begin + lane_bytes], self._ended))
         return theirs
 
     def take(self, deadline: float) -> Lane:
@@ -116,15 +118,30 @@ class MooncakeClient:
         self._log_thread.join()
         self._memory.close()
 
-    def _mark_dead(self) -> None:
+    def _ended(self) -> RemoteStoreError:
+        """Note that the process has gone; return the error that says so, with its last words."""
         self.is_dead = True
+        self._log_thread.join(_LAST_WORDS_S)
+        return RemoteStoreError(f"the Mooncake client process has ended; {self._last_words}", is_transient=True)
+
+    def _log(self) -> None:
+        """Log what the process and its library write to stderr, until it ends."""
+        lines = self._process.stderr
+        assert lines is not None
+        with lines:
+            for line in lines:
+                text = line.decode("utf-8", "replace").rstrip()
+                self._last_words = f"its last words: {text[:300]!r}"
+                logger.debug("mooncake client: %s", text)
 
 
 class Lane:
     """One request at a time; used by one thread at a time."""
 
-    def __init__(self, sock: socket.socket, memory: npt.NDArray[np.uint8], on_end: Callable[[], None]) -> None:
-        """Speak over `sock` about `memory`; `on_end` is called when the peer has gone."""
+    def __init__(
+        self, sock: socket.socket, memory: npt.NDArray[np.uint8], on_end: Callable[[], RemoteStoreError]
+    ) -> None:
+        """Speak over `sock` about `memory`; `on_end` is asked for the error to raise when the peer has gone."""
         self._sock = sock
         self._memory = memory
         self._on_end = on_end
@@ -180,26 +197,14 @@ class Lane:
             except TimeoutError:
                 raise RemoteTimeoutError("the Mooncake client has not answered in time") from None
             except OSError as error:
-                raise self._ended() from error
+                raise self._on_end() from error
             if body is None:
-                raise self._ended()
+                raise self._on_end()
             reply = self._decoder.decode(body)
             if reply.request_id == self._request_id:
                 self.owes = False
                 self.has_answered = True
                 return reply.codes
-
-    def _ended(self) -> RemoteStoreError:
-        self._on_end()
-        return RemoteStoreError("the Mooncake client process has ended", is_transient=True)
-
-
-def _log(lines: IO[bytes] | None) -> None:
-    """Log what the library and its process write to stderr, until they are gone."""
-    assert lines is not None
-    with lines:
-        for line in lines:
-            logger.debug("mooncake client: %s", line.decode("utf-8", "replace").rstrip())
 
 
 def _start(config: ClientConfig, control_fd: int, lane_fds: tuple[int, ...]) -> subprocess.Popen[bytes]:

@@ -62,7 +62,7 @@ class ClientProcess:
         """Serve until the parent lets go of the control socket or dies; does not return."""
         threading.Thread(target=self._join_cluster, daemon=True).start()
         self._control.recv(1)
-        if self._store is not None:
+        if self._store is not None and self._config.segment_bytes:  # else it holds nothing that others may ask for
             leaving = threading.Thread(target=self._store.close, daemon=True)
             leaving.start()
             leaving.join(_LEAVE_S)
