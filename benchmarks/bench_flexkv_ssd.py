@@ -1,13 +1,13 @@
 """SSD <-> CPU tier transfers of flexkv against fio on the same file system, in the same run; and the checksum.
 
-    python benchmarks/bench_flexkv_ssd.py [--short] [--directory .] [--gib 2.0] [--repeat 7]
+    python benchmarks/bench_flexkv_ssd.py [--short] [--directory .] [--gib 2.0] [--repeat 7] [--block-bytes N]
 
 Workload: every block of a pool to or from random slots of one preallocated file, all in one batch, checksums included,
 direct I/O. The peer is the best of fio: io_uring (registered buffers and files) and libaio, sequential, direct, with 32
-requests of 256 KB to 4 MB in flight. Runs take turns and are compared by their medians, since a disk is seldom ours
-alone: of fio's combinations, those that a first pass finds fastest run in every turn. Slots have been written once
-before, as they have in any tier but a new one; that first pass is reported apart. Needs `fio` on the PATH, else only our
-own figures are there. Takes twice --gib of disk for as long as it runs.
+requests of 256 KB to 4 MB in flight. Runs take turns, in another order each time, and are compared by their medians,
+since a disk is seldom ours alone: of fio's combinations, those that a first pass finds fastest run in every turn. Slots
+have been written once before, as they have in any tier but a new one; that first pass is reported apart. Needs `fio` on
+the PATH, else only our own figures are there. Takes twice --gib of disk for as long as it runs.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import ctypes
 import itertools
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -117,9 +118,10 @@ def measure(shape: tuple[str, int], directory: Path, args: argparse.Namespace, o
         fio(peer, ours.num_bytes // 2**22 * 2**22, "write", "libaio", "4m")
         runs |= fastest_of_fio(peer, ours.num_bytes // 2**22 * 2**22)
     speeds = defaultdict(list)
+    order = random.Random(0)
     for _ in range(args.repeat):
-        for run, function in runs.items():
-            speeds[run].append(function())
+        for run in order.sample(sorted(runs), len(runs)):
+            speeds[run].append(runs[run]())
     medians = {run: statistics.median(values) for run, values in speeds.items()}
     result = {
         "shape": name,
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
     parser.add_argument("--gib", type=float, default=2.0, help="bytes moved per run")
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--block-bytes", type=int, choices=[size for _, size in SHAPES], help="this shape only")
     parser.add_argument("--backend", default="auto", choices=["auto", "io_uring", "threads"])
     parser.add_argument("--queue-depth", type=int, default=128)
     parser.add_argument("--io-bytes", type=int, default=2**20)
@@ -175,6 +178,8 @@ def main() -> None:
     options = {"backend": args.backend, "queue_depth": args.queue_depth, "io_bytes": args.io_bytes}
     results = []
     for shape in SHAPES:
+        if args.block_bytes not in (None, shape[1]):
+            continue
         with tempfile.TemporaryDirectory(dir=args.directory, prefix="bench-ssd-") as directory:
             results.append(measure(shape, Path(directory), args, options))
     document = {

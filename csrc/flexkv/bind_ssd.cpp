@@ -118,7 +118,8 @@ void bind_ssd(nb::module_& m) {
       .def("__init__", [](SsdTransfer* self, const std::vector<std::string>& paths, std::uint64_t block_bytes,
                           std::int64_t num_slots, const PoolSide& pool, const SsdOptions& options) {
         const nb::gil_scoped_release release;  // pinning a large pool takes seconds
-        new (self) SsdTransfer({block_bytes, num_slots, static_cast<std::uint32_t>(paths.size())}, paths, pool, options);
+        const SsdLayout layout{block_bytes, num_slots, static_cast<std::uint32_t>(paths.size())};
+        new (self) SsdTransfer(layout, paths, pool, options);
       }, nb::kw_only(), nb::arg("paths"), nb::arg("block_bytes"), nb::arg("num_slots"), nb::arg("pool"),
          nb::arg("options"))
       .def("write", &write, nb::arg("slots"), nb::arg("pool_blocks"), nb::arg("timeout_s"))

@@ -11,8 +11,8 @@
 #include <cstdlib>
 #include <cstring>
 
-// Nothing but xxhash.h may follow: an inline function of another header would be compiled for AVX512 too, and the linker
-// might take that copy for the whole program.
+// Nothing but xxhash.h may follow: an inline function of another header would be compiled for AVX512 too, and the
+// linker might take that copy for the whole program.
 #pragma GCC push_options
 #pragma GCC target("avx512f")
 #define XXH_INLINE_ALL

@@ -51,7 +51,8 @@ class IoQueue {
   // the deadline has passed. REQUIRES: a request is in flight. Throws std::system_error when the queue is broken.
   virtual std::size_t wait(std::span<IoCompletion> out, Clock::time_point deadline) = 0;
 
-  // Asks that all that is in flight be given up. Each request still completes: with -ECANCELED, or with what it came to.
+  // Asks that all that is in flight be given up. Each request still completes: with -ECANCELED, or with what it came
+  // to.
   virtual void cancel_all() = 0;
 };
 

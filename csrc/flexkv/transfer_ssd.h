@@ -1,7 +1,7 @@
 // Reads and writes whole batches of KV blocks between the CPU pool and the files of the SSD tier.
 //
-// Many requests are in flight at once, each at most `io_bytes`; short ones are continued, interrupted ones repeated. What
-// goes wrong is told per block, as an errno:
+// Many requests are in flight at once, each at most `io_bytes`; short ones are continued, interrupted ones repeated.
+// What goes wrong is told per block, as an errno:
 //
 //     0            the block has arrived, and (read) its checksum is right
 //     EBADMSG      read in full, but its checksum is another: the pool block holds garbage
