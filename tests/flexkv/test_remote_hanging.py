@@ -59,6 +59,7 @@ class DrippingServer:
     def _drip(self, connection: socket.socket) -> None:
         with connection:
             try:
+                connection.recv(65536)  # an answer that comes before its question is an error of another kind
                 connection.sendall(self._beginning)
                 while not self._stopping.wait(0.01):
                     connection.sendall(b"x")
