@@ -3,6 +3,7 @@
 import functools
 import http.client
 import importlib.util
+import random
 import re
 import shutil
 import socket
@@ -159,9 +160,15 @@ def mooncake_problem() -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a port below those that the system gives to outgoing connections: it stays free while a server is down."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def soon(seconds: float = PATIENCE_S) -> float:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def test_a_full_cluster_stores_what_fits_and_never_lies(mooncake_server: Mooncak
 
 OWNER = """
 import sys
+import threading
 from flexkv.storage.remote.factory import open_backend
 store = open_backend(sys.argv[1], block_bytes=1000)
 store.exists(["a/b/00"], float("inf"))
@@ -97,3 +99,30 @@ def test_the_client_process_goes_with_its_owner(mooncake_server: MooncakeServer)
     owner.kill()
     owner.communicate()
     eventually(lambda: not client.is_running() or client.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_writers_of_the_same_block_disturb_nobody(mooncake_server: MooncakeServer) -> None:
+    url = f"mooncake://127.0.0.1:{mooncake_server.port}?segment_mb=64&lanes=4"
+    value, failures = np.full(1000, 7, np.uint8), []
+    with open_backend(url, block_bytes=value.nbytes) as store:
+
+        def run() -> None:
+            for _ in range(40):
+                buffer = np.zeros_like(value)
+                try:
+                    store.put(KEYS[:2], [value, value], soon())
+                    store.delete(KEYS[1:2], soon())
+                    found = store.get(KEYS[:1], [buffer], soon())
+                except RemoteStoreError as error:
+                    failures.append(str(error))
+                else:
+                    if found[0] and not (buffer == value).all():
+                        failures.append("a wrong byte")
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        eventually(lambda: store.put(KEYS[:1], [value], soon())[0] and store.exists(KEYS[:1], soon())[0])

@@ -98,7 +98,7 @@ class RemoteStore(ABC):
         """Store `buffers[i]` under `keys[i]`, in place of what was there; return which are stored.
 
         Each value is stored whole or not at all, and readers see the old value or the new one, whatever becomes of
-        this process. False without an error: the store is full.
+        this process. False without an error: the store is full, or somebody else is just writing the same key.
 
         Raises:
             InvalidRequestError: keys and buffers that do not match.

@@ -41,6 +41,8 @@ _RESTART_S: Final = 2.0
 # Mooncake's error codes (0.3.13): -2xx no room, -600 an argument, -7xx the object, -8xx its segment, -9xx the master.
 _FULL: Final = range(-299, -199)
 _LARGER_THAN_SLOT: Final = -600
+_IN_FLUX: Final = range(-799, -699)
+"""Of a put: another client writes or removes the same key at this moment."""
 _MASTER_FAILED: Final = range(-999, -899)
 _SEGMENT_FAILED: Final = range(-899, -799)
 
@@ -128,7 +130,7 @@ class MooncakeStore(RemoteBackend):
                 codes = lane.ask(LaneOp.PUT, [keys[i] for i in part], [sizes[i] for i in part], deadline)
             done[part.start : part.stop] = np.asarray(codes) == 0
             _require_master(codes)
-            failed = [code for code in codes if code < 0 and code not in _FULL]
+            failed = [code for code in codes if code < 0 and code not in _FULL and code not in _IN_FLUX]
             if failed:
                 raise RemoteStoreError(
                     f"Mooncake has not stored {len(failed)} of {len(codes)} values: error {failed[0]}",
