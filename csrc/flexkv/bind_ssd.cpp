@@ -117,7 +117,7 @@ void bind_ssd(nb::module_& m) {
   nb::class_<SsdTransfer>(m, "SsdTransfer")
       .def("__init__", [](SsdTransfer* self, const std::vector<std::string>& paths, std::uint64_t block_bytes,
                           std::int64_t num_slots, const PoolSide& pool, const SsdOptions& options) {
-        const nb::gil_scoped_release release;  // pinning a large pool takes seconds
+        const nb::gil_scoped_release release;  // pinning memory takes a while
         const SsdLayout layout{block_bytes, num_slots, static_cast<std::uint32_t>(paths.size())};
         new (self) SsdTransfer(layout, paths, pool, options);
       }, nb::kw_only(), nb::arg("paths"), nb::arg("block_bytes"), nb::arg("num_slots"), nb::arg("pool"),

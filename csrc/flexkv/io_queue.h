@@ -41,7 +41,7 @@ class IoQueue {
   // Most requests that may be in flight.
   virtual std::uint32_t depth() const = 0;
 
-  // Takes a request; it may begin only with submit().
+  // Takes a request; it begins with submit() at the latest.
   virtual void push(const IoRequest& request) = 0;
 
   // Lets what was pushed begin.

@@ -52,7 +52,7 @@ IoUringQueue::Descriptor::~Descriptor() {
 }
 
 IoUringQueue::IoUringQueue(std::uint32_t depth, std::vector<int> fds, const PinnedMemory& memory)
-    : depth_(depth), fds_(std::move(fds)), in_flight_(depth) {
+    : depth_(depth), fds_(std::move(fds)), memory_(memory), in_flight_(depth) {
   io_uring_params params{};
   const long fd = syscall(__NR_io_uring_setup, depth, &params);
   if (fd < 0) fail(errno, "cannot set up an io_uring");
@@ -60,7 +60,7 @@ IoUringQueue::IoUringQueue(std::uint32_t depth, std::vector<int> fds, const Pinn
   if ((params.features & kNeededFeatures) != kNeededFeatures) fail(EOPNOTSUPP, "this kernel's io_uring is too old");
   map_rings(&params);
   register_files();
-  if (memory.bytes > 0) register_memory(memory);
+  if (memory_.bytes > 0) open_buffer_table();
 }
 
 IoUringQueue::~IoUringQueue() = default;
@@ -92,17 +92,49 @@ void IoUringQueue::register_files() {
   if (!files_registered_) refusals_.push_back(refusal("files are not registered", errno));
 }
 
-void IoUringQueue::register_memory(const PinnedMemory& memory) {
-  std::vector<iovec> pieces;
-  for (std::size_t at = 0; at < memory.bytes; at += memory.piece_bytes) {
-    pieces.push_back({memory.base + at, std::min(memory.piece_bytes, memory.bytes - at)});
+void IoUringQueue::open_buffer_table() {
+  // All empty; `register_piece` fills them.
+  std::vector<iovec> pieces(memory_.num_pieces());
+  io_uring_rsrc_register table{};
+  table.nr = static_cast<std::uint32_t>(pieces.size());
+  table.data = reinterpret_cast<std::uintptr_t>(pieces.data());
+  if (syscall(__NR_io_uring_register, ring_.fd, IORING_REGISTER_BUFFERS2, &table, sizeof table) != 0) {
+    refuse_memory(errno);
+    return;
   }
-  const auto count = static_cast<unsigned>(pieces.size());
-  if (syscall(__NR_io_uring_register, ring_.fd, IORING_REGISTER_BUFFERS, pieces.data(), count) == 0) {
-    memory_ = memory;
-  } else {
-    refusals_.push_back(refusal("the memory pool is not registered", errno));
+  may_register_ = true;
+  is_piece_registered_.resize(pieces.size());
+  register_piece(0);
+}
+
+bool IoUringQueue::register_piece(std::size_t piece) {
+  const std::size_t at = piece * memory_.piece_bytes;
+  const iovec buffer{memory_.base + at, std::min(memory_.piece_bytes, memory_.bytes - at)};
+  io_uring_rsrc_update2 update{};
+  update.offset = static_cast<std::uint32_t>(piece);
+  update.data = reinterpret_cast<std::uintptr_t>(&buffer);
+  update.nr = 1;
+  const long rc = syscall(__NR_io_uring_register, ring_.fd, IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof update);
+  if (rc != 1) refuse_memory(rc < 0 ? errno : EINVAL);
+  return is_piece_registered_[piece] = rc == 1;
+}
+
+void IoUringQueue::refuse_memory(int error) {
+  may_register_ = false;  // asked once: what follows would be refused for the same reason
+  refusals_.push_back(refusal("the memory pool is not registered, or in part only", error));
+}
+
+int IoUringQueue::buffer_of(const std::byte* data, std::size_t bytes) {
+  const auto at = static_cast<std::size_t>(data - memory_.base);  // wraps to a huge one for data before it
+  if (is_piece_registered_.empty() || at >= memory_.bytes || bytes > memory_.bytes - at) return -1;
+  const std::size_t piece = at / memory_.piece_bytes;
+  if (piece != (at + bytes - 1) / memory_.piece_bytes) return -1;
+  if (!is_piece_registered_[piece]) {
+    if (!may_register_) return -1;
+    submit();  // it may take a while: the disk should have work
+    if (!register_piece(piece)) return -1;
   }
+  return static_cast<int>(piece);
 }
 
 std::uint32_t IoUringQueue::num_unsubmitted() const { return *sq_tail_ - load(sq_head_); }
@@ -116,21 +148,20 @@ io_uring_sqe* IoUringQueue::next_entry() {
 
 void IoUringQueue::push(const IoRequest& request) {
   assert(request.tag < depth_ && !in_flight_[request.tag] && request.file < fds_.size());
+  const int buffer = buffer_of(request.data, request.bytes);
   io_uring_sqe* entry = next_entry();
-  const bool is_read = request.kind == IoKind::kRead;
-  entry->opcode = is_read ? IORING_OP_READ : IORING_OP_WRITE;
+  if (request.kind == IoKind::kRead) {
+    entry->opcode = buffer >= 0 ? IORING_OP_READ_FIXED : IORING_OP_READ;
+  } else {
+    entry->opcode = buffer >= 0 ? IORING_OP_WRITE_FIXED : IORING_OP_WRITE;
+  }
+  if (buffer >= 0) entry->buf_index = static_cast<std::uint16_t>(buffer);
   entry->fd = files_registered_ ? static_cast<int>(request.file) : fds_[request.file];
   if (files_registered_) entry->flags = IOSQE_FIXED_FILE;
   entry->off = request.offset;
   entry->addr = reinterpret_cast<std::uintptr_t>(request.data);
   entry->len = request.bytes;
   entry->user_data = request.tag;
-  const auto at = static_cast<std::size_t>(request.data - memory_.base);  // wraps to a huge one for data before it
-  if (memory_.bytes > 0 && at < memory_.bytes && request.bytes <= memory_.bytes - at &&
-      at / memory_.piece_bytes == (at + request.bytes - 1) / memory_.piece_bytes) {
-    entry->opcode = is_read ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
-    entry->buf_index = static_cast<std::uint16_t>(at / memory_.piece_bytes);
-  }
   in_flight_[request.tag] = true;
   ++num_in_flight_;
   store(sq_tail_, *sq_tail_ + 1);

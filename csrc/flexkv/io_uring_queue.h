@@ -1,7 +1,8 @@
 // An IoQueue on io_uring, spoken in raw system calls (Linux 5.11 or later).
 //
-// Files and the memory pool are registered where the kernel allows it: the pool's pages then stay pinned, and a request
-// does not have to pin them. What was refused is told, not fatal.
+// Files and the memory pool are registered where the kernel allows it: the pool's pages then stay pinned, and requests
+// need not pin them (measured, of 1.75 MB blocks: 7% more written, 10% more read; of 64 KB ones more than that).
+// What was refused is told, not fatal.
 #pragma once
 
 #include <memory>
@@ -15,12 +16,18 @@ struct io_uring_cqe;
 
 namespace flexkv {
 
-// Memory whose requests should go through registered buffers. A request that crosses a multiple of `piece_bytes` (which
-// is at most 1 GiB, the kernel's limit for one buffer) goes without.
+// Memory whose requests should go through registered buffers, one for each `piece_bytes` of it. Pinning makes pages
+// real, which takes seconds per gigabyte the first time: a piece is registered when it is first used, the first one at
+// once, to learn whether we may. A request that crosses from one piece into the next goes without.
 struct PinnedMemory {
+  static constexpr std::size_t kMaxPieces = 16384;  // the kernel's limits
+  static constexpr std::size_t kMaxPieceBytes = std::size_t{1} << 30;
+
   std::byte* base = nullptr;
   std::size_t bytes = 0;  // 0: register nothing
   std::size_t piece_bytes = 0;
+
+  std::size_t num_pieces() const { return bytes == 0 ? 0 : (bytes + piece_bytes - 1) / piece_bytes; }
 };
 
 class IoUringQueue final : public IoQueue {
@@ -37,7 +44,8 @@ class IoUringQueue final : public IoQueue {
 
   // What the kernel did not register, and why; empty when all was.
   const std::vector<std::string>& refusals() const { return refusals_; }
-  bool has_registered_memory() const { return memory_.bytes > 0; }
+  // Whether all memory is registered, or will be once it is used.
+  bool registers_memory() const { return may_register_; }
 
  private:
   struct Mapping {
@@ -52,7 +60,11 @@ class IoUringQueue final : public IoQueue {
 
   void map_rings(const void* params);
   void register_files();
-  void register_memory(const PinnedMemory& memory);
+  void open_buffer_table();
+  // The registered buffer that holds all of these bytes, or -1.
+  int buffer_of(const std::byte* data, std::size_t bytes);
+  bool register_piece(std::size_t piece);
+  void refuse_memory(int error);
   io_uring_sqe* next_entry();
   std::uint32_t num_unsubmitted() const;
   // One io_uring_enter; returns 0 or an errno.
@@ -65,7 +77,6 @@ class IoUringQueue final : public IoQueue {
   std::vector<int> fds_;
   bool files_registered_ = false;
   PinnedMemory memory_;
-  std::vector<std::string> refusals_;
   Descriptor ring_;
   Mapping rings_, entries_map_;  // unmapped before the ring is closed
   io_uring_sqe* entries_ = nullptr;
@@ -73,6 +84,9 @@ class IoUringQueue final : public IoQueue {
   std::uint32_t *sq_head_ = nullptr, *sq_tail_ = nullptr, *cq_head_ = nullptr, *cq_tail_ = nullptr;
   std::uint32_t sq_mask_ = 0, cq_mask_ = 0;
 
+  std::vector<std::string> refusals_;
+  std::vector<bool> is_piece_registered_;
+  bool may_register_ = false;
   std::vector<bool> in_flight_;        // by tag: pushed, and its completion not returned
   std::uint32_t num_in_flight_ = 0;
   std::vector<IoCompletion> refused_;  // completed without the kernel

@@ -19,7 +19,8 @@ namespace {
 constexpr std::uint32_t kMaxAttempts = 64;
 // Large requests keep a disk busy before there are queue_depth of them, and more would only make a deadline later.
 constexpr std::uint64_t kMaxBytesInFlight = 32 << 20;
-constexpr std::uint64_t kMaxRegisteredBytes = std::uint64_t{1} << 30;
+// What is registered at a time, when it is first used.
+constexpr std::uint64_t kRegisteredBytes = 64 << 20;
 
 void require(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
@@ -38,7 +39,7 @@ void check_layout(const SsdLayout& layout, std::size_t num_paths, const PoolSide
               std::to_string(pool.block_stride));
   require(options.queue_depth >= 1 && options.queue_depth <= 4096,
           "queue_depth is 1..4096, not " + std::to_string(options.queue_depth));
-  require(options.io_bytes >= kSectorBytes && is_aligned(options.io_bytes) && options.io_bytes <= kMaxRegisteredBytes,
+  require(options.io_bytes >= kSectorBytes && is_aligned(options.io_bytes) && options.io_bytes <= (1u << 30),
           "io_bytes is a multiple of 4096 up to 1 GiB, not " + std::to_string(options.io_bytes));
   require(options.num_threads >= 1 && options.num_threads <= 256,
           "num_threads is 1..256, not " + std::to_string(options.num_threads));
@@ -56,6 +57,15 @@ std::byte* allocate_aligned(std::size_t bytes) {
   auto* memory = static_cast<std::byte*>(std::aligned_alloc(kSectorBytes, bytes));
   if (memory == nullptr) throw std::bad_alloc();
   return memory;
+}
+
+// The pool in pieces of whole blocks, so that no block lies across two. No bytes: it cannot be registered.
+PinnedMemory pinned_memory(const PoolSide& pool) {
+  const auto stride = static_cast<std::uint64_t>(pool.block_stride);
+  const auto bytes = static_cast<std::uint64_t>(pool.num_blocks) * stride;
+  const std::uint64_t wanted = std::max({kRegisteredBytes, stride, bytes / PinnedMemory::kMaxPieces + stride});
+  const PinnedMemory memory{pool.base, bytes, wanted / stride * stride};
+  return memory.piece_bytes <= PinnedMemory::kMaxPieceBytes ? memory : PinnedMemory{};
 }
 
 std::vector<std::uint64_t> file_sizes(const SsdLayout& layout) {
@@ -123,31 +133,27 @@ void SsdTransfer::open_queue(const MakeQueue& make_queue) {
 bool SsdTransfer::open_io_uring() {
   PinnedMemory memory;
   if (options_.register_memory && bounce_ == nullptr) {
-    const auto stride = static_cast<std::uint64_t>(pool_.block_stride);
-    // Registered in pieces of whole blocks, so that no block lies across two.
-    const std::uint64_t piece = kMaxRegisteredBytes / stride * stride;
-    if (piece > 0) {
-      memory = {pool_.base, static_cast<std::uint64_t>(pool_.num_blocks) * stride, piece};
-    } else {
-      fallbacks_.push_back("the memory pool is not registered: a block is larger than 1 GiB");
-    }
+    memory = pinned_memory(pool_);
+    if (memory.bytes == 0) fallbacks_.push_back("the memory pool is not registered: it is larger than 16 TiB");
   }
   try {
     auto queue = std::make_unique<IoUringQueue>(options_.queue_depth, files_.fds(), memory);
-    for (const std::string& refusal : queue->refusals()) fallbacks_.push_back(refusal);
-    is_memory_registered_ = queue->has_registered_memory();
+    io_uring_ = queue.get();
     queue_ = std::move(queue);
   } catch (const std::system_error& error) {
     if (options_.backend == SsdBackend::kIoUring) throw;
     fallbacks_.push_back(std::string("threads instead of io_uring: ") + error.what());
     return false;
   }
-  return is_io_uring_ = true;
+  return true;
 }
+
+bool SsdTransfer::is_memory_registered() const { return io_uring_ != nullptr && io_uring_->registers_memory(); }
 
 std::vector<std::string> SsdTransfer::fallbacks() const {
   std::vector<std::string> all = files_.refusals();
   all.insert(all.end(), fallbacks_.begin(), fallbacks_.end());
+  if (io_uring_ != nullptr) all.insert(all.end(), io_uring_->refusals().begin(), io_uring_->refusals().end());
   return all;
 }
 

@@ -29,6 +29,8 @@
 
 namespace flexkv {
 
+class IoUringQueue;
+
 enum class SsdBackend { kAuto, kIoUring, kThreads };
 
 struct SsdOptions {
@@ -36,7 +38,7 @@ struct SsdOptions {
   std::uint32_t io_bytes = 1 << 20;   // most bytes of a request: a multiple of 4096, at most 1 GiB
   SsdBackend backend = SsdBackend::kAuto;
   std::uint32_t num_threads = 8;  // of the thread backend
-  bool register_memory = true;    // pin the whole pool, so that requests need not
+  bool register_memory = true;    // pin the pool as it comes into use, so that requests need not
   bool direct = true;             // past the page cache
   // How long to wait, after a deadline, for requests that cannot be cancelled because the disk has them.
   std::chrono::milliseconds drain_timeout{30000};
@@ -76,10 +78,11 @@ class SsdTransfer {
   // Returns when the blocks written would survive a loss of power. Throws std::system_error.
   void sync() const { files_.sync(); }
 
-  bool is_io_uring() const { return is_io_uring_; }
+  // What became of the options. REQUIRES: nobody is reading or writing meanwhile.
+  bool is_io_uring() const { return io_uring_ != nullptr; }
   // Blocks are copied through aligned buffers, because the pool's address, stride or block size is no multiple of 4096.
   bool is_bounced() const { return bounce_ != nullptr; }
-  bool is_memory_registered() const { return is_memory_registered_; }
+  bool is_memory_registered() const;
   bool is_direct() const { return files_.refusals().empty() && options_.direct; }
   // Why it is not all that was asked for; empty when it is.
   std::vector<std::string> fallbacks() const;
@@ -110,9 +113,9 @@ class SsdTransfer {
   SsdOptions options_;
   SsdFileSet files_;
   std::vector<std::string> fallbacks_;
-  bool is_io_uring_ = false, is_memory_registered_ = false;
   std::unique_ptr<std::byte[], void (*)(std::byte*)> bounce_;
   std::unique_ptr<IoQueue> queue_;
+  const IoUringQueue* io_uring_ = nullptr;  // queue_, when it is one
 
   std::vector<Flight> flights_;  // by tag
   std::vector<std::uint32_t> free_tags_;

@@ -112,7 +112,7 @@ class SsdTransfer:
     def __init__(
         self, *, paths: list[str], block_bytes: int, num_slots: int, pool: PoolSide, options: SsdOptions
     ) -> None:
-        """Open files that exist, and pin the pool if `options` say so (its pages then take real memory).
+        """Open files that exist. If `options` say so, the pool is pinned, piece by piece as it comes into use.
 
         Raises:
             ValueError: options or sizes that make no sense.
@@ -138,7 +138,8 @@ class SsdTransfer:
     def is_bounced(self) -> bool:
         """Whether blocks are copied through aligned buffers, because the pool is not laid out in multiples of 4096."""
     @property
-    def is_memory_registered(self) -> bool: ...
+    def is_memory_registered(self) -> bool:
+        """Whether io_uring has taken the pool's pages as far as they have been used."""
     @property
     def fallbacks(self) -> list[str]:
         """Why it is not all that was asked for, for the log; empty when it is."""
