@@ -83,9 +83,9 @@ class HostTransfer:
 class SsdOptions:
     """How an `SsdTransfer` works; see csrc/flexkv/transfer_ssd.h for the bounds.
 
-    Up to `queue_depth` requests of at most `io_bytes` (a multiple of 4096) each are in flight. `backend` is "auto", "io_uring" or
-    "threads", of which there are `num_threads`. `drain_timeout_ms`: how long to wait, after a deadline, for requests
-    that the disk does not give back.
+    Up to `queue_depth` requests of at most `io_bytes` (a multiple of 4096) each are in flight. `backend` is "auto",
+    "io_uring" or "threads", of which there are `num_threads`. `drain_timeout_ms`: how long to wait, after a deadline,
+    for requests that the disk does not give back.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class SsdTransfer:
     def read(
         self, slots: _BlockIds, pool_blocks: _BlockIds, checksums: npt.NDArray[np.uint64], timeout_s: float
     ) -> npt.NDArray[np.int32]:
-        """Read slot i into pool block i and check it; return the statuses. IndexError, ValueError: nothing was moved."""
+        """Read slot i into pool block i, check it, return the statuses. IndexError, ValueError: nothing was moved."""
     def sync(self) -> None:
         """Return when all that was written survives a loss of power. Raises OSError."""
     @property
