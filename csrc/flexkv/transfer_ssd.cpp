@@ -199,11 +199,11 @@ void SsdTransfer::read(std::span<const std::int64_t> slots, std::span<const std:
 
 void SsdTransfer::run(Batch& batch, Clock::time_point deadline) {
   if (is_broken_) throw SsdTransferError("an earlier request of this SSD never came back; restart the store");
-  is_broken_ = true;  // until all requests are known to be over
   std::fill(batch.status.begin(), batch.status.end(), 0);
   std::fill(batch.computed.begin(), batch.computed.end(), 0);
   batch.plan = make_plan(layout_, batch.slots, batch.pool_blocks,
                          {options_.io_bytes, is_bounced() ? 0 : static_cast<std::uint64_t>(pool_.block_stride)});
+  is_broken_ = true;  // until all requests are known to be over
   while (!batch.is_done()) {
     start_pieces(batch);
     verify(batch);  // while requests are running
