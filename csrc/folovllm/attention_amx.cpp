@@ -11,9 +11,16 @@
 namespace folovllm::attention {
 namespace {
 
-struct TileEngine {
-  static constexpr std::int64_t kRowBytes = kPair * sizeof(float);
+constexpr std::int64_t kRowBytes = kPair * sizeof(float);
 
+void store_sums(float* to) {
+  store_tile<0>(to, kRowBytes);
+  store_tile<1>(to + 16, kRowBytes);
+  store_tile<2>(to + 16 * kPair, kRowBytes);
+  store_tile<3>(to + 16 * kPair + 16, kRowBytes);
+}
+
+struct TileEngine {
   // Belongs to the thread, and other kernels have theirs.
   const TileConfig config;
 
@@ -32,40 +39,42 @@ struct TileEngine {
     }
   }
 
-  void score(const KeyGroups& groups, int end, const ChunkScratch& scratch, int pair) const {
-    const std::uint32_t* const q = scratch.q(pair);
-    const std::int64_t key_bytes = groups.stride * std::int64_t{sizeof(BFloat16)};
-    for (int key = 0; key < end; key += 32) {
-      const BFloat16* const first = groups.k[key / 16];
-      const BFloat16* const second = groups.k[key / 16 + 1];
-      zero_tile<0>();
-      zero_tile<1>();
-      zero_tile<2>();
-      zero_tile<3>();
-      for (int d = 0; d < scratch.padded; d += 32) {
-        load_tile<4>(first + d, key_bytes);
-        load_tile<6>(q + d / 2 * kPair, kRowBytes);
-        multiply_tiles<0, 4, 6>();
-        load_tile<7>(q + d / 2 * kPair + 16, kRowBytes);
-        multiply_tiles<1, 4, 7>();
-        load_tile<5>(second + d, key_bytes);
-        multiply_tiles<2, 5, 6>();
-        multiply_tiles<3, 5, 7>();
-      }
-      store_sums(scratch.score + key * kPair);
+  template <typename Between>
+  void score(const KeyBlock& block, int pair, int key, Between&& between) const {
+    const int padded = block.scratch.padded;
+    const std::int64_t key_bytes = block.groups.stride * std::int64_t{sizeof(BFloat16)};
+    const BFloat16* const first = block.groups.k[key / 16];
+    const BFloat16* const second = block.groups.k[key / 16 + 1];
+    const std::uint32_t* const q = block.scratch.q(pair);
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
+    for (int d = 0; d < padded; d += 32) {
+      load_tile<4>(first + d, key_bytes);
+      load_tile<6>(q + d / 2 * kPair, kRowBytes);
+      multiply_tiles<0, 4, 6>();
+      load_tile<7>(q + d / 2 * kPair + 16, kRowBytes);
+      multiply_tiles<1, 4, 7>();
+      load_tile<5>(second + d, key_bytes);
+      multiply_tiles<2, 5, 6>();
+      multiply_tiles<3, 5, 7>();
+      between(d / 32, padded / 32);
     }
+    store_sums(block.scratch.score(key));
   }
 
-  void add_values(int end, const ChunkScratch& scratch, int pair) const {
+  void add_values(const ChunkScratch& scratch, int pair, int begin, int end) const {
+    if (begin == end) return;
     for (int d = 0; d < scratch.padded; d += 32) {
       float* const acc = scratch.acc(pair) + d * kPair;
       load_tile<0>(acc, kRowBytes);
       load_tile<1>(acc + 16, kRowBytes);
       load_tile<2>(acc + 16 * kPair, kRowBytes);
       load_tile<3>(acc + 16 * kPair + 16, kRowBytes);
-      for (int key = 0; key < end; key += 32) {
+      for (int key = begin; key < end; key += 32) {
         const BFloat16* const v = scratch.v + key * scratch.padded + d * 32;
-        const std::uint32_t* const weight = scratch.weight + key / 2 * kPair;
+        const std::uint32_t* const weight = scratch.weight(key);
         load_tile<4>(v, 64);
         load_tile<6>(weight, kRowBytes);
         multiply_tiles<0, 4, 6>();
@@ -77,13 +86,6 @@ struct TileEngine {
       }
       store_sums(acc);
     }
-  }
-
-  static void store_sums(float* to) {
-    store_tile<0>(to, kRowBytes);
-    store_tile<1>(to + 16, kRowBytes);
-    store_tile<2>(to + 16 * kPair, kRowBytes);
-    store_tile<3>(to + 16 * kPair + 16, kRowBytes);
   }
 };
 

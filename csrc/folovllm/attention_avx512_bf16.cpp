@@ -26,28 +26,32 @@ struct DotEngine {
     }
   }
 
-  void score(const KeyGroups& groups, int end, const ChunkScratch& scratch, int pair) const {
-    const std::uint32_t* const q = scratch.q(pair);
-    for (int key = 0; key < end; key += kN) {
-      const BFloat16* const k = groups.k[key / 16] + key % 16 * groups.stride;
+  template <typename Between>
+  void score(const KeyBlock& block, int pair, int first_key, Between&& between) const {
+    const std::uint32_t* const q = block.scratch.q(pair);
+    const std::int64_t stride = block.groups.stride;
+    for (int key = first_key; key < first_key + kGroup; key += kN) {
+      const BFloat16* const k = block.groups.k[key / 16] + key % 16 * stride;
       __m512 sum[kN][2] = {};
-      for (int i = 0; i < scratch.padded / 2; ++i) {
+      for (int i = 0; i < block.scratch.padded / 2; ++i) {
         const __m512bh q0 = load(q + i * kPair);
         const __m512bh q1 = load(q + i * kPair + 16);
         for (int n = 0; n < kN; ++n) {
-          const __m512bh x = broadcast(k + n * groups.stride + 2 * i);
+          const __m512bh x = broadcast(k + n * stride + 2 * i);
           sum[n][0] = _mm512_dpbf16_ps(sum[n][0], q0, x);
           sum[n][1] = _mm512_dpbf16_ps(sum[n][1], q1, x);
         }
       }
+      float* const score = block.scratch.score(key) + key % kGroup * kPair;
       for (int n = 0; n < kN; ++n) {
-        _mm512_store_ps(scratch.score + (key + n) * kPair, sum[n][0]);
-        _mm512_store_ps(scratch.score + (key + n) * kPair + 16, sum[n][1]);
+        _mm512_store_ps(score + n * kPair, sum[n][0]);
+        _mm512_store_ps(score + n * kPair + 16, sum[n][1]);
       }
     }
+    between(0, 1);
   }
 
-  void add_values(int end, const ChunkScratch& scratch, int pair) const {
+  void add_values(const ChunkScratch& scratch, int pair, int begin, int end) const {
     for (int d = 0; d < scratch.padded; d += kN) {
       float* const acc = scratch.acc(pair) + d * kPair;
       __m512 sum[kN][2];
@@ -55,9 +59,9 @@ struct DotEngine {
         sum[n][0] = _mm512_load_ps(acc + n * kPair);
         sum[n][1] = _mm512_load_ps(acc + n * kPair + 16);
       }
-      for (int i = 0; i < end / 2; ++i) {
-        const __m512bh w0 = load(scratch.weight + i * kPair);
-        const __m512bh w1 = load(scratch.weight + i * kPair + 16);
+      for (int i = begin / 2; i < end / 2; ++i) {
+        const __m512bh w0 = load(scratch.weights + i * kPair);
+        const __m512bh w1 = load(scratch.weights + i * kPair + 16);
         const BFloat16* const v = scratch.v + (i * scratch.padded + d) * 2;
         for (int n = 0; n < kN; ++n) {
           const __m512bh x = broadcast(v + 2 * n);
