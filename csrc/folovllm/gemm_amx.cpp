@@ -43,49 +43,102 @@ void write_outputs(const Gemm& gemm, const float* sums, std::int64_t sums_stride
   }
 }
 
-// -- up to 16 rows ----------------------------------------------------------------------------------------------------
+// -- up to 64 rows ----------------------------------------------------------------------------------------------------
 
-template <int kPanels>
-void few_rows_block(const Gemm& gemm, const std::byte* left, std::int64_t row, std::int64_t num_rows,
-                    std::int64_t panel) {
-  const std::byte* const right = gemm.weights + panel * gemm.panel_bytes;
-  const std::int64_t blocks = k_blocks(gemm);
-  zero_tile<0>();
-  if constexpr (kPanels > 1) zero_tile<1>();
-  if constexpr (kPanels > 2) zero_tile<2>();
-  if constexpr (kPanels > 3) zero_tile<3>();
-  for (std::int64_t k = 0; k < blocks; ++k) {
+constexpr std::int64_t kMostTiles = 4;
+constexpr std::int64_t kTileFloats = kTileRows * kPanelWidth;
+
+// Adds a tile of rows x some panels over a run of k blocks to the tiles 0 ... kPanels - 1.
+template <int kPanels, typename Between>
+void add_products(const std::byte* left, const std::byte* right, std::int64_t panel_bytes, std::int64_t num_blocks,
+                  Between&& between) {
+  for (std::int64_t k = 0; k < num_blocks; ++k) {
     const std::byte* const at = right + k * kTileBytes;
+    between(k);
     load_tile<4>(left + k * kTileBytes, 64);
     load_tile<5>(at, 64);
     multiply_tiles<0, 4, 5>();
     if constexpr (kPanels > 1) {
-      load_tile<6>(at + gemm.panel_bytes, 64);
+      load_tile<6>(at + panel_bytes, 64);
       multiply_tiles<1, 4, 6>();
     }
     if constexpr (kPanels > 2) {
-      load_tile<5>(at + 2 * gemm.panel_bytes, 64);
+      load_tile<5>(at + 2 * panel_bytes, 64);
       multiply_tiles<2, 4, 5>();
     }
     if constexpr (kPanels > 3) {
-      load_tile<6>(at + 3 * gemm.panel_bytes, 64);
+      load_tile<6>(at + 3 * panel_bytes, 64);
       multiply_tiles<3, 4, 6>();
     }
   }
-  alignas(64) float sums[4][kTileRows * kPanelWidth];
-  store_tile<0>(sums[0], 64);
-  if constexpr (kPanels > 1) store_tile<1>(sums[1], 64);
-  if constexpr (kPanels > 2) store_tile<2>(sums[2], 64);
-  if constexpr (kPanels > 3) store_tile<3>(sums[3], 64);
-  for (int p = 0; p < kPanels; ++p) write_outputs(gemm, sums[p], kPanelWidth, row, num_rows, panel + p);
 }
 
-void few_rows(const Gemm& gemm, const std::byte* left, Range rows, Range panels) {
-  const std::int64_t num_rows = rows.end - rows.begin;
-  const TileConfig config(num_rows, 0b0001'1111);
+template <int kPanels>
+void zero_sums() {
+  zero_tile<0>();
+  if constexpr (kPanels > 1) zero_tile<1>();
+  if constexpr (kPanels > 2) zero_tile<2>();
+  if constexpr (kPanels > 3) zero_tile<3>();
+}
+
+template <int kPanels>
+void load_sums(const float* from) {
+  load_tile<0>(from, 64);
+  if constexpr (kPanels > 1) load_tile<1>(from + kTileFloats, 64);
+  if constexpr (kPanels > 2) load_tile<2>(from + 2 * kTileFloats, 64);
+  if constexpr (kPanels > 3) load_tile<3>(from + 3 * kTileFloats, 64);
+}
+
+template <int kPanels>
+void store_sums(float* to) {
+  store_tile<0>(to, 64);
+  if constexpr (kPanels > 1) store_tile<1>(to + kTileFloats, 64);
+  if constexpr (kPanels > 2) store_tile<2>(to + 2 * kTileFloats, 64);
+  if constexpr (kPanels > 3) store_tile<3>(to + 3 * kTileFloats, 64);
+}
+
+// So few rows wait for the weights, which four panels at a time read fastest. The tiles of rows take turns at a stretch of
+// k blocks that the first level cache holds; the first of them reads it from memory, the others look ahead.
+template <int kPanels>
+void few_rows_block(const Gemm& gemm, const std::byte* prepared, Range rows, std::int64_t panel) {
+  constexpr std::int64_t kStretch = 8;
+  const std::int64_t blocks = k_blocks(gemm);
+  const std::int64_t num_tiles = (rows.end - rows.begin + kTileRows - 1) / kTileRows;
+  const std::int64_t stretch = num_tiles == 1 ? blocks : kStretch;
+  const std::byte* const left = prepared + rows.begin / kTileRows * blocks * kTileBytes;
+  const std::byte* const right = gemm.weights + panel * gemm.panel_bytes;
+  alignas(64) float sums[kMostTiles][kPanels * kTileFloats];
+  for (std::int64_t begin = 0; begin < blocks; begin += stretch) {
+    const std::int64_t count = begin + stretch < blocks ? stretch : blocks - begin;
+    const bool ends = begin + count == blocks;
+    const std::byte* const next = right + (ends ? kPanels * gemm.panel_bytes : (begin + count) * kTileBytes);
+    for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
+      begin == 0 ? zero_sums<kPanels>() : load_sums<kPanels>(sums[tile]);
+      const std::byte* ahead = next + (tile - 1) * count * kLineBytes;
+      add_products<kPanels>(left + (tile * blocks + begin) * kTileBytes, right + begin * kTileBytes, gemm.panel_bytes,
+                            count, [&](std::int64_t k) {
+                              if (tile == 0) return;
+                              for (int p = 0; p < kPanels; ++p) {
+                                _mm_prefetch(ahead + p * gemm.panel_bytes + k * kLineBytes, _MM_HINT_T1);
+                              }
+                            });
+      store_sums<kPanels>(sums[tile]);
+      if (!ends) continue;
+      const std::int64_t row = rows.begin + tile * kTileRows;
+      const std::int64_t num_rows = rows.end - row < kTileRows ? rows.end - row : kTileRows;
+      for (int p = 0; p < kPanels; ++p) {
+        write_outputs(gemm, sums[tile] + p * kTileFloats, kPanelWidth, row, num_rows, panel + p);
+      }
+    }
+  }
+}
+
+void few_rows(const Gemm& gemm, const std::byte* prepared, Range rows, Range panels) {
+  // A single tile has only the rows there are.
+  const TileConfig config(gemm.num_rows < kTileRows ? gemm.num_rows : kTileRows, 0b0001'1111);
   std::int64_t panel = panels.begin;
-  for (; panel + 4 <= panels.end; panel += 4) few_rows_block<4>(gemm, left, rows.begin, num_rows, panel);
-  for (; panel < panels.end; ++panel) few_rows_block<1>(gemm, left, rows.begin, num_rows, panel);
+  for (; panel + 4 <= panels.end; panel += 4) few_rows_block<4>(gemm, prepared, rows, panel);
+  for (; panel < panels.end; ++panel) few_rows_block<1>(gemm, prepared, rows, panel);
 }
 
 // -- more -------------------------------------------------------------------------------------------------------------
@@ -95,12 +148,15 @@ struct ReadAhead {
   const std::byte* first;
   const std::byte* second;
   int lines_per_step;
+  std::int64_t bytes_per_step;
 
   void step() {
-    for (int line = 0; line < lines_per_step; ++line, first += kLineBytes, second += kLineBytes) {
-      _mm_prefetch(first, _MM_HINT_T1);
-      _mm_prefetch(second, _MM_HINT_T1);
+    for (int line = 0; line < lines_per_step; ++line) {
+      _mm_prefetch(first + line * kLineBytes, _MM_HINT_T1);
+      _mm_prefetch(second + line * kLineBytes, _MM_HINT_T1);
     }
+    first += bytes_per_step;
+    second += bytes_per_step;
   }
 };
 
@@ -188,7 +244,7 @@ struct Pass {
 };
 
 template <bool kTwoRows, bool kTwoPanels>
-void load_sums(const Pass& pass) {
+void begin_pass(const Pass& pass) {
   if (pass.begins) {
     zero_tile<0>();
     if constexpr (kTwoPanels) zero_tile<1>();
@@ -205,7 +261,7 @@ void load_sums(const Pass& pass) {
 // Computes the sums of `pass` and writes the outputs of the pass before, which at once would wait for the stores of tiles.
 template <bool kTwoRows, bool kTwoPanels>
 void run_pass(const Pass& pass, int rows_per_step, OutputRows before, ReadAhead& ahead) {
-  load_sums<kTwoRows, kTwoPanels>(pass);
+  begin_pass<kTwoRows, kTwoPanels>(pass);
   ReadAhead coming = ahead;
   for (std::int64_t at = 0; at < pass.bytes; at += kTileBytes) {
     coming.step();
@@ -258,8 +314,7 @@ class ManyRows {
     const std::byte* const first = gemm_.weights + panel * gemm_.panel_bytes;
     for (std::int64_t stretch = 0; stretch < stretches_.count; ++stretch) {
       const bool ends = stretch + 1 == stretches_.count;
-      const std::byte* const next = first + (ends ? 2 * gemm_.panel_bytes : stretches_.begin(stretch + 1) * kTileBytes);
-      ReadAhead ahead{next, next + gemm_.panel_bytes, lines_per_step()};
+      ReadAhead ahead = read_ahead(first, stretch);
       for (std::int64_t pass = 0; pass < num_passes_; ++pass) {
         const std::int64_t num_rows = rows_in(pass);
         const OutputRows own = ends ? outputs(pass, num_rows, panel, kTwoPanels ? 2 : 1) : OutputRows{};
@@ -274,10 +329,18 @@ class ManyRows {
     }
   }
 
-  // A single pass uses nothing twice, and waits for memory anyway.
-  int lines_per_step() const {
-    constexpr std::int64_t kLines = kTileBytes / kLineBytes;
-    return num_passes_ == 1 ? 0 : static_cast<int>((kLines + num_passes_ - 1) / num_passes_);
+  // Fetches the stretch after this one. A single pass uses nothing twice, and waits for memory anyway: processors that
+  // follow two streams by themselves are helped by half of the lines.
+  ReadAhead read_ahead(const std::byte* first, std::int64_t stretch) const {
+    if (num_passes_ == 1) {
+      constexpr std::int64_t kDistance = 8 << 10;
+      const std::byte* const coming = first + kDistance;
+      return {coming, coming + gemm_.panel_bytes, kTileBytes / kLineBytes / 2, kTileBytes};
+    }
+    const bool ends = stretch + 1 == stretches_.count;
+    const std::byte* const next = first + (ends ? 2 * gemm_.panel_bytes : stretches_.begin(stretch + 1) * kTileBytes);
+    const std::int64_t lines = (kTileBytes / kLineBytes + num_passes_ - 1) / num_passes_;
+    return {next, next + gemm_.panel_bytes, static_cast<int>(lines), lines * kLineBytes};
   }
 
   std::int64_t rows_in(std::int64_t pass) const {
@@ -342,7 +405,8 @@ class ManyRows {
 };
 
 void compute(const Gemm& gemm, const std::byte* prepared, Range rows, Range panels) {
-  if (gemm.num_rows <= kTileRows) return few_rows(gemm, prepared, rows, panels);
+  const std::int64_t num_tiles = (gemm.num_rows + kTileRows - 1) / kTileRows;
+  if (num_tiles == 1 || num_tiles == 3 || num_tiles == 4) return few_rows(gemm, prepared, rows, panels);
   const TileConfig config;
   ManyRows(gemm, prepared, rows).run(panels);
 }
