@@ -50,7 +50,7 @@ void bind_fused(nb::module_& m) {
       "silu_mul",
       [](Address gate_up, Address out, std::int64_t num_rows, std::int64_t size, std::string_view dtype) {
         perform_on_tokens(num_rows, [=, type = dtype_of(dtype)](std::int64_t rows) {
-          silu_mul({pointer<void>(gate_up), pointer<void>(out), rows, size}, type);
+          silu_mul({pointer<void>(gate_up), pointer<void>(out), size, rows, size}, type);
         });
       },
       "gate_up"_a, "out"_a, "num_rows"_a, "size"_a, "dtype"_a, WithoutGil());

@@ -31,6 +31,15 @@ void forward(const PackedLinear& self, Address x, std::int64_t num_rows, std::in
   });
 }
 
+void forward_silu_mul(const PackedLinear& self, Address x, std::int64_t num_rows, std::int64_t x_stride, Address out,
+                      std::int64_t out_stride, bool batch_invariant) {
+  const nb::gil_scoped_release no_gil;
+  perform_on_tokens(num_rows, [=, self = &self](std::int64_t rows) {
+    self->forward_silu_mul(pointer<const std::byte>(x), rows, x_stride, pointer<std::byte>(out), out_stride,
+                           batch_invariant);
+  });
+}
+
 void unpack(const PackedLinear& self, std::int64_t first_row, std::int64_t num_rows, Address out) {
   const nb::gil_scoped_release no_gil;
   self.weights().unpack(first_row, num_rows, pointer<std::byte>(out));
@@ -58,6 +67,8 @@ void bind_linear(nb::module_& m) {
       .def("set_bias", &set_bias, nb::arg("source"), nb::arg("source_dtype"))
       .def("forward", &forward, nb::arg("x"), nb::arg("num_rows"), nb::arg("x_stride"), nb::arg("out"),
            nb::arg("out_stride"), nb::arg("out_dtype"), nb::arg("batch_invariant") = false)
+      .def("forward_silu_mul", &forward_silu_mul, nb::arg("x"), nb::arg("num_rows"), nb::arg("x_stride"),
+           nb::arg("out"), nb::arg("out_stride"), nb::arg("batch_invariant") = false)
       .def("unpack", &unpack, nb::arg("first_row"), nb::arg("num_rows"), nb::arg("out"))
       .def("gather", &gather, nb::arg("ids"), nb::arg("num_rows"), nb::arg("out"))
       .def_prop_ro("nbytes", [](const PackedLinear& self) { return self.weights().num_bytes(); })

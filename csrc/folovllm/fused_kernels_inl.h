@@ -63,7 +63,7 @@ void silu_mul_rows(const SiluMul& op, std::int64_t begin, std::int64_t end) {
   for (std::int64_t row = begin; row < end; ++row) {
     const T* const gate = static_cast<const T*>(op.gate_up) + row * 2 * op.size;
     const T* const up = gate + op.size;
-    T* const out = static_cast<T*>(op.out) + row * op.size;
+    T* const out = static_cast<T*>(op.out) + row * op.out_stride;
     for_vectors(op.size, [&](std::int64_t i, auto load_at, auto store_at) {
       const Floats x = load_at(gate + i);
       store_at(out + i, rounded<T>(x / (exp(-x) + 1.0F)) * load_at(up + i));

@@ -49,6 +49,8 @@ void silu_mul(const SiluMul& op, DType dtype) {
   for_rows(op.num_rows, op.size, [&](std::int64_t begin, std::int64_t end) { kernel(op, begin, end); });
 }
 
+void silu_mul_alone(const SiluMul& op, DType dtype) { kernels(dtype).silu_mul(op, 0, op.num_rows); }
+
 void embed(const Embed& op, DType table_dtype, DType dtype) {
   const auto kernel = kernels(dtype).embed[static_cast<std::size_t>(table_dtype)];
   for_rows(op.num_rows, op.size, [&](std::int64_t begin, std::int64_t end) { kernel(op, begin, end); });

@@ -36,14 +36,18 @@ struct AddRmsNorm {
 };
 void add_rms_norm(const AddRmsNorm& op, DType dtype);
 
-// out[row] = round(silu(gate)) * up of rows [gate | up] of 2 * size elements.
+// out[row] = round(silu(gate)) * up of contiguous rows [gate | up] of 2 * size elements. `out_stride` elements from row to
+// row of out.
 struct SiluMul {
   const void* gate_up;
   void* out;
+  std::int64_t out_stride;
   std::int64_t num_rows;
   std::int64_t size;
 };
 void silu_mul(const SiluMul& op, DType dtype);
+// The same on the calling thread alone, also within a job of the pool.
+void silu_mul_alone(const SiluMul& op, DType dtype);
 
 // out[row] = table[ids[row]], converted; the rows of the table are `row_stride` elements apart.
 struct Embed {

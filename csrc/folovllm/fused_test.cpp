@@ -194,7 +194,7 @@ TEST_CASE("silu_mul rounds the activation before the product") {
       if (size == 64) gate_up.set(5, std::numeric_limits<float>::quiet_NaN());
       Tensor out(dtype, n);
       const auto compute = [&] {
-        silu_mul({gate_up.data(), out.data(), 1, size}, dtype);
+        silu_mul({gate_up.data(), out.data(), size, 1, size}, dtype);
         for (std::size_t i = 0; i < n; ++i) {
           const double x = gate_up[i];
           const double silu = rounded(x / (1.0 + std::exp(-x)), dtype);
@@ -351,12 +351,12 @@ TEST_CASE("a row has the same bits alone, in a batch, and with any number of thr
     for (const int count : {1, 3}) {
       set_num_threads(count);
       rms_norm({x.data(), 2 * size, weight.data(), norm.data(), num_rows, size, 1e-6F}, dtype);
-      silu_mul({x.data(), activation.data(), num_rows, size}, dtype);
+      silu_mul({x.data(), activation.data(), size, num_rows, size}, dtype);
       Tensor row(dtype, n);
       for (std::size_t i = 0; i < num_rows; ++i) {
         rms_norm({x.at(i * 2 * n), size, weight.data(), row.data(), 1, size, 1e-6F}, dtype);
         CHECK(std::memcmp(row.data(), norm.at(i * n), row.bytes.size()) == 0);
-        silu_mul({x.at(i * 2 * n), row.data(), 1, size}, dtype);
+        silu_mul({x.at(i * 2 * n), row.data(), size, 1, size}, dtype);
         CHECK(std::memcmp(row.data(), activation.at(i * n), row.bytes.size()) == 0);
       }
     }

@@ -64,4 +64,8 @@ const GemmKernel& choose_gemm(DType dtype, std::int64_t num_rows, bool batch_inv
 // Compute it on the pool's threads.
 void run_gemm(const Gemm& gemm, const GemmKernel& kernel);
 
+// out = silu(first half of the product's outputs) * second half, of the bits that run_gemm and silu_mul give: what lies
+// between them stays in a thread's cache. REQUIRES: half of out_features is a multiple of kPanelWidth, out_dtype is dtype.
+void run_gated_gemm(const Gemm& gemm, const GemmKernel& kernel);
+
 }  // namespace folovllm

@@ -3,7 +3,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "gemm.h"
 
 namespace folovllm {
 namespace {
@@ -27,28 +26,43 @@ void PackedLinear::set_bias(const std::byte* source, DType source_dtype) {
   });
 }
 
+Gemm PackedLinear::gemm(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,
+                        std::int64_t out_stride, DType out_dtype) const {
+  if (num_rows < 0) throw std::invalid_argument("num_rows=" + std::to_string(num_rows) + " is negative");
+  check_stride("x_stride", x_stride, weights_.in_features(), num_rows);
+  return {.weights = weights_.data(),
+          .panel_bytes = weights_.panel_bytes(),
+          .bias = bias_.empty() ? nullptr : bias_.data(),
+          .x = x,
+          .x_stride = x_stride,
+          .out = out,
+          .out_stride = out_stride,
+          .dtype = weights_.dtype(),
+          .out_dtype = out_dtype,
+          .num_rows = num_rows,
+          .in_features = weights_.in_features(),
+          .out_features = weights_.out_features()};
+}
+
 void PackedLinear::forward(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,
                            std::int64_t out_stride, DType out_dtype, bool batch_invariant) const {
   if (out_dtype != DType::kFloat32 && out_dtype != weights_.dtype()) {
     throw std::invalid_argument("out_dtype is not allowed; it must be float32 or the layer's own dtype");
   }
-  if (num_rows < 0) throw std::invalid_argument("num_rows=" + std::to_string(num_rows) + " is negative");
-  check_stride("x_stride", x_stride, weights_.in_features(), num_rows);
+  const Gemm product = gemm(x, num_rows, x_stride, out, out_stride, out_dtype);
   check_stride("out_stride", out_stride, weights_.out_features(), num_rows);
-  if (num_rows == 0) return;
-  const Gemm gemm{.weights = weights_.data(),
-                  .panel_bytes = weights_.panel_bytes(),
-                  .bias = bias_.empty() ? nullptr : bias_.data(),
-                  .x = x,
-                  .x_stride = x_stride,
-                  .out = out,
-                  .out_stride = out_stride,
-                  .dtype = weights_.dtype(),
-                  .out_dtype = out_dtype,
-                  .num_rows = num_rows,
-                  .in_features = weights_.in_features(),
-                  .out_features = weights_.out_features()};
-  run_gemm(gemm, choose_gemm(weights_.dtype(), num_rows, batch_invariant));
+  if (num_rows > 0) run_gemm(product, choose_gemm(weights_.dtype(), num_rows, batch_invariant));
+}
+
+void PackedLinear::forward_silu_mul(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,
+                                    std::int64_t out_stride, bool batch_invariant) const {
+  if (weights_.out_features() % (2 * kPanelWidth) != 0) {
+    throw std::invalid_argument("a layer of " + std::to_string(weights_.out_features()) +
+                                " outputs cannot be gated; their number must be a multiple of 32");
+  }
+  const Gemm product = gemm(x, num_rows, x_stride, out, out_stride, weights_.dtype());
+  check_stride("out_stride", out_stride, weights_.out_features() / 2, num_rows);
+  if (num_rows > 0) run_gated_gemm(product, choose_gemm(weights_.dtype(), num_rows, batch_invariant));
 }
 
 }  // namespace folovllm

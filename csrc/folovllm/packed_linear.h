@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "gemm.h"
 #include "packed_weights.h"
 
 namespace folovllm {
@@ -28,7 +29,16 @@ class PackedLinear {
   void forward(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,
                std::int64_t out_stride, DType out_dtype, bool batch_invariant) const;
 
+  // out = silu(gate) * up, where `forward` gives rows [gate | up]; `out` is [num_rows, out_features / 2] of the layer's
+  // dtype. The bits are those of `forward` and then `silu_mul`.
+  // Throws std::invalid_argument unless out_features is a multiple of 32, num_rows >= 0, and no stride is short.
+  void forward_silu_mul(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,
+                        std::int64_t out_stride, bool batch_invariant) const;
+
  private:
+  Gemm gemm(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out, std::int64_t out_stride,
+            DType out_dtype) const;
+
   PackedWeights weights_;
   std::vector<float> bias_;  // empty, or padded with zeros to the end of the last panel
 };

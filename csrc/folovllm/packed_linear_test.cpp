@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu_features.h"
+#include "fused_ops.h"
 #include "thread_pool.h"
 
 using namespace folovllm;
@@ -201,6 +202,31 @@ TEST_CASE("bits are the same where threads own rows, and outputs go around the c
     INFO("threads ", threads);
     CHECK(is_equal);
   }
+}
+
+TEST_CASE("a gated product has the bits of a product and its activation") {
+  const std::tuple<std::int64_t, std::int64_t> sizes[] = {{32, 40}, {160, 70}, {992, 300}};
+  for_each_isa([&] {
+    for (const DType dtype : kDTypes) {
+      for (const auto& [n, k] : sizes) {
+        for (const std::int64_t m : {1, 16, 33, 70, 400}) {
+          set_num_threads(2);
+          const Case here(dtype, m, n, k, 5, 0);
+          const auto layer = here.layer();
+          const Bytes gate_up = here.run(*layer, 0, m);
+          const std::int64_t stride = n / 2 + 3;
+          Bytes wanted(static_cast<std::size_t>(m * stride) * size_of(dtype), std::byte{0x7f});
+          Bytes actual = wanted;
+          silu_mul({gate_up.data(), wanted.data(), stride, m, n / 2}, dtype);
+          layer->forward_silu_mul(here.x.data(), m, here.x_stride, actual.data(), stride, false);
+          INFO("isa ", isa_name(current_isa()), " dtype ", static_cast<int>(dtype), " m ", m, " n ", n, " k ", k);
+          CHECK(actual == wanted);
+        }
+      }
+    }
+  });
+  const PackedLinear odd(48, 8, DType::kFloat32);
+  CHECK_THROWS_AS(odd.forward_silu_mul(nullptr, 1, 8, nullptr, 24, false), std::invalid_argument);
 }
 
 TEST_CASE("weights come back as they were packed, in whatever pieces") {

@@ -69,6 +69,15 @@ class PackedLinear:
         `batch_invariant`.
         """
 
+    def forward_silu_mul(
+        self, x: int, num_rows: int, x_stride: int, out: int, out_stride: int, batch_invariant: bool = False
+    ) -> None:
+        """out [num_rows, out_features / 2] = silu(gate) * up, where `forward` gives rows [gate | up]: the same bits.
+
+        Raises:
+            ValueError: out_features is no multiple of 32.
+        """
+
     def unpack(self, first_row: int, num_rows: int, out: int) -> None:
         """Write rows of the weights to `out`: [num_rows, in_features] of the layer's dtype."""
 
