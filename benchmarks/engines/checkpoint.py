@@ -59,8 +59,13 @@ def write_checkpoint(directory: Path, shape: ModelShape, seed: int = 0) -> Path:
     return directory
 
 
-def write_gptq_checkpoint(directory: Path, shape: ModelShape, group_size: int, seed: int = 0) -> Path:
-    """The same shape with random symmetric 4-bit weights in the layers, as GPTQ checkpoints have them."""
+def write_gptq_checkpoint(
+    directory: Path, shape: ModelShape, group_size: int, head_bits: int = 16, seed: int = 0
+) -> Path:
+    """The same shape with random symmetric 4-bit weights in the layers, as GPTQ checkpoints have them.
+
+    With `head_bits` 16 the output head is the bf16 embedding; with 4 or 8 it has quantised weights of its own.
+    """
     directory.mkdir(parents=True)
     torch.manual_seed(seed)
     tensors = {
@@ -73,21 +78,29 @@ def write_gptq_checkpoint(directory: Path, shape: ModelShape, group_size: int, s
                 tensors[f"model.layers.{i}.{name}"] = tensor
             else:
                 prefix = f"model.layers.{i}.{name.removesuffix('.weight')}"
-                tensors |= {f"{prefix}.{part}": t for part, t in _gptq(*tensor.shape, group_size).items()}
+                tensors |= {f"{prefix}.{part}": t for part, t in _gptq(*tensor.shape, group_size, 4).items()}
+    if head_bits != 16:
+        head = _gptq(shape.vocab, shape.hidden, group_size, head_bits)
+        tensors |= {f"lm_head.{part}": tensor for part, tensor in head.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": True, "desc_act": False}
-    config = _config(shape) | {"quantization_config": quantization | {"checkpoint_format": "gptq_v2"}}
+    quantization |= {"checkpoint_format": "gptq_v2", "lm_head": head_bits != 16}
+    if head_bits == 8:
+        quantization["dynamic"] = {"lm_head": {"bits": 8}}
+    config = _config(shape) | {"quantization_config": quantization, "tie_word_embeddings": head_bits == 16}
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     return directory
 
 
-def _gptq(outputs: int, inputs: int, group_size: int) -> dict[str, torch.Tensor]:
-    groups = inputs // group_size
+def _gptq(outputs: int, inputs: int, group_size: int, bits: int) -> dict[str, torch.Tensor]:
+    groups, pack = inputs // group_size, 32 // bits
     words = torch.iinfo(torch.int32)
+    zeros = {4: 0x88888888, 8: 0x80808080}[bits] - (1 << 32)
+    deviation = ((4**bits - 1) / 12) ** 0.5  # of integers that are all as likely
     return {
-        "qweight": torch.randint(words.min, words.max, (inputs // 8, outputs), dtype=torch.int32),
-        "qzeros": torch.full((groups, outputs // 8), 0x88888888 - (1 << 32), dtype=torch.int32),
-        "scales": torch.full((groups, outputs), inputs**-0.5 / 4.6, dtype=torch.float16),
+        "qweight": torch.randint(words.min, words.max, (inputs // pack, outputs), dtype=torch.int32),
+        "qzeros": torch.full((groups, outputs // pack), zeros, dtype=torch.int32),
+        "scales": torch.full((groups, outputs), inputs**-0.5 / deviation, dtype=torch.float16),
         "g_idx": torch.arange(inputs, dtype=torch.int32) // group_size,
     }
 

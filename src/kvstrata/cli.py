@@ -127,13 +127,14 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Where to write; must not exist, or be empty.")],
     calibration: Annotated[Path, typer.Option(help="UTF-8 text; its last tenth measures the perplexity.")],
     bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
+    head_bits: Annotated[int, typer.Option(help="Of the output head: 4, 8, or 16, which leaves it as it is.")] = 16,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale: 32, 64, 128, or -1 for all.")] = 128,
     sym: Annotated[bool, typer.Option(help="Zero points in the middle, rather than one per group.")] = True,
     desc_act: Annotated[bool, typer.Option(help="Round the inputs with the largest activations first.")] = False,
     num_windows: Annotated[int, typer.Option(help="Pieces of the text to quantise by.")] = 128,
     window_tokens: Annotated[int, typer.Option(help="Their length.")] = 512,
 ) -> None:
-    """Quantise a checkpoint's linear layers with GPTQ, and compare perplexities."""
+    """Quantise a checkpoint's linear layers, and its output head if asked, with GPTQ, and compare perplexities."""
     from rich.console import Console
 
     from folovllm.engine.arg_utils import resolve_checkpoint
@@ -145,6 +146,7 @@ def quantize(
             resolve_checkpoint(model),
             out,
             bits=bits,
+            head_bits=head_bits,
             group_size=group_size,
             calibration=calibration,
             sym=sym,

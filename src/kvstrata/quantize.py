@@ -16,6 +16,7 @@ def run_quantize(
     out: Path,
     *,
     bits: int,
+    head_bits: int,
     group_size: int,
     calibration: Path,
     sym: bool,
@@ -43,6 +44,7 @@ def run_quantize(
             model,
             out,
             bits=bits,
+            head_bits=head_bits,
             group_size=group_size,
             calibration=calibration,
             sym=sym,
@@ -62,9 +64,15 @@ def as_table(report: QuantizeReport) -> Table:
         "", "before", "after", box=box.SIMPLE, title=f"{report.out}: {report.bits} bits, a scale for {groups}"
     )
     linear = report.quantized_bytes_before, report.quantized_bytes_after
-    whole = tuple(size + report.kept_bytes for size in linear)
+    head = report.head_bytes_before, report.head_bytes_after
+    whole = tuple(map(sum, zip(linear, head, [report.kept_bytes] * 2, strict=True)))
     table.add_row(f"{report.num_layers} linear layers", *map(_megabytes, linear))
-    table.add_row("embedding, norms, head", *[_megabytes(report.kept_bytes)] * 2)
+    if report.head_bits == 16:
+        table.add_row("embedding, norms, head", *[_megabytes(report.kept_bytes)] * 2)
+    else:
+        before = _megabytes(head[0]) if head[0] else "the embedding"
+        table.add_row(f"output head, {report.head_bits} bits", before, _megabytes(head[1]))
+        table.add_row("embedding, norms", *[_megabytes(report.kept_bytes)] * 2)
     table.add_row("whole checkpoint", *map(_megabytes, whole))
     table.add_row(
         f"perplexity of {report.held_out_tokens} held-out tokens",

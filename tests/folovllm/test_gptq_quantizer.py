@@ -2,19 +2,22 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from pydoc_data import topics
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from folovllm.quantization import layers
 from folovllm.quantization.calibration import read_calibration
 from folovllm.quantization.checkpoint import whole_directory
 from folovllm.quantization.errors import QuantizationError
 from folovllm.quantization.gptq import GPTQOptions, Hessian, quantize_layer, round_to_nearest
 from folovllm.quantization.packing import PackedTensors, dequantize
+from folovllm.quantization.perplexity import perplexity
 from folovllm.quantization.quantize import quantize_checkpoint
 
 
@@ -129,6 +132,87 @@ def test_checkpoint_holds_what_the_report_says(small_model, text_file, tmp_path,
     assert torch.tensor(loss).exp().item() == pytest.approx(report.perplexity_after, rel=1e-3)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("bits", "head_bits", "desc_act"), [(4, 8, False), (8, 4, True), (8, 8, False)])
+def test_a_quantised_head_has_weights_of_its_own(small_model, text_file, tmp_path, tied, bits, head_bits, desc_act):
+    source = _tied(small_model, tmp_path / "tied") if tied else small_model
+    steps: list[str] = []
+    report = quantize_checkpoint(
+        source,
+        tmp_path / "out",
+        bits=bits,
+        head_bits=head_bits,
+        group_size=32,
+        calibration=text_file,
+        desc_act=desc_act,
+        num_windows=8,
+        window_tokens=64,
+        progress=lambda what, done, total: steps.append(f"{what} {done}/{total}"),
+    )
+    assert {"layers 1/3", "layers 3/3"} <= set(steps)
+    config = json.loads((report.out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert config["quantization_config"]["lm_head"] is True
+    expected = {"lm_head": {"bits": head_bits}} if head_bits != bits else None
+    assert config["quantization_config"].get("dynamic") == expected
+
+    weights, tensors = load_file(source / "model.safetensors"), load_file(report.out / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    assert torch.equal(tensors["model.embed_tokens.weight"], embedding)
+    assert "lm_head.weight" not in tensors
+    packed = PackedTensors(*[tensors[f"lm_head.{suffix}"] for suffix in ("qweight", "qzeros", "scales", "g_idx")])
+    head = embedding if tied else weights["lm_head.weight"]
+    assert (dequantize(packed, head_bits, 1) - head).norm() < (0.2 if head_bits == 4 else 0.01) * head.norm()
+    assert report.num_layers == 14
+    assert report.head_bytes_before == (0 if tied else head.nbytes)
+    assert report.head_bytes_after == sum(t.nbytes for t in packed.named().values())
+    sizes = report.quantized_bytes_after, report.head_bytes_after, report.kept_bytes
+    assert sum(sizes) == sum(t.nbytes for t in tensors.values())
+
+    reference = AutoModelForCausalLM.from_pretrained(source)
+    for name in weights:
+        if "_proj" in name:
+            suffixes = ("qweight", "qzeros", "scales", "g_idx")
+            part = PackedTensors(*[tensors[f"{name.removesuffix('.weight')}.{suffix}"] for suffix in suffixes])
+            reference.get_parameter(name).data.copy_(dequantize(part, bits, 1))
+    reference.lm_head.weight = torch.nn.Parameter(dequantize(packed, head_bits, 1))
+    text = read_calibration(text_file, _tokenizer(source), 8, 64, 2)
+    assert perplexity(reference, text.held_out) == pytest.approx(report.perplexity_after, rel=1e-3)
+
+
+def _tied(source: Path, directory: Path) -> Path:
+    """The same model, its head the embedding."""
+    state, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    directory.mkdir()
+    del state["lm_head.weight"]
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, directory)
+    return directory
+
+
+def test_a_head_is_quantised_in_pieces_as_in_one(small_model, text_file, tmp_path, monkeypatch):
+    def head(name: str) -> dict[str, torch.Tensor]:
+        out = tmp_path / name
+        quantize_checkpoint(
+            small_model, out, head_bits=4, group_size=32, calibration=text_file, desc_act=True, num_windows=4,
+            window_tokens=64,
+        )  # fmt: skip
+        return {k: v for k, v in load_file(out / "model.safetensors").items() if k.startswith("lm_head.")}
+
+    whole = head("whole")
+    monkeypatch.setattr(layers, "_HEAD_ROWS", 600)
+    pieces = head("pieces")
+    assert torch.equal(pieces["lm_head.g_idx"], whole["lm_head.g_idx"])
+    weights = [
+        dequantize(PackedTensors(*[t[f"lm_head.{s}"] for s in ("qweight", "qzeros", "scales", "g_idx")]), 4, 1)
+        for t in (whole, pieces)
+    ]
+    # Products of other shapes round otherwise, and now and then an integer with them.
+    assert (weights[0] != weights[1]).float().mean() < 0.01
+
+
 def _tokenizer(directory):
     from transformers import AutoTokenizer
 
@@ -151,6 +235,7 @@ def test_windows_do_not_overlap_and_held_out_text_comes_last(small_model, text_f
     ("options", "message"),
     [
         ({"bits": 3}, "bits=3 .*4, 8"),
+        ({"head_bits": 6}, "head_bits=6 .*4, 8, 16"),
         ({"group_size": 48}, "group_size=48 .*32, 64, 128, -1"),
         ({"num_windows": 0}, "num_windows=0"),
         ({"window_tokens": 1}, "window_tokens=1"),

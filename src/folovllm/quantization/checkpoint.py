@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from folovllm.quantization.errors import QuantizationError
 from folovllm.quantization.packing import PackedTensors
 
+HEAD = "lm_head"
+"""Name of the output head."""
 MAX_FILE_BYTES = 4 << 30
 _COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
 _NOT_COPIED = ("config.json", "quantize_config.json", "model.safetensors.index.json")
@@ -62,29 +64,35 @@ def write_weights(source_files: list[Path], packed: Mapping[str, PackedTensors],
 
     Args:
         source_files: safetensors files of the unquantised checkpoint.
-        packed: by the layer's name, without ".weight".
+        packed: by the layer's name, without ".weight"; one that the source lacks, a head whose weights are the
+            embedding's, is added.
         directory: where to write model.safetensors, or shards and their index.
 
     Returns:
-        Bytes by kind: "quantized_before", "quantized_after", "kept".
+        Bytes by kind: "quantized_before" and "quantized_after" of the layers, "head_before" and "head_after" of a
+        quantised output head, "kept".
     """
-    sizes = {"quantized_before": 0, "quantized_after": 0, "kept": 0}
-    shards = _ShardWriter(directory)
+    sizes = dict.fromkeys(("quantized_before", "quantized_after", "head_before", "head_after", "kept"), 0)
+    shards, left = _ShardWriter(directory), dict(packed)
     for file in source_files:
         with safe_open(file, framework="pt", device="cpu") as opened:
             for name in opened.keys():  # noqa: SIM118  (not a dict)
                 tensor = opened.get_tensor(name)
-                layer = packed.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-                if layer is None:
+                layer_name = name.removesuffix(".weight")
+                if name == layer_name or layer_name not in left:
                     shards.add(name, tensor)
                     sizes["kept"] += tensor.nbytes
                     continue
-                sizes["quantized_before"] += tensor.nbytes
-                for suffix, part in layer.named().items():
-                    shards.add(f"{name.removesuffix('.weight')}.{suffix}", part)
-                    sizes["quantized_after"] += part.nbytes
+                sizes[f"{_kind(layer_name)}_before"] += tensor.nbytes
+                sizes[f"{_kind(layer_name)}_after"] += shards.add_packed(layer_name, left.pop(layer_name))
+    for layer_name, layer in left.items():
+        sizes[f"{_kind(layer_name)}_after"] += shards.add_packed(layer_name, layer)
     shards.close()
     return sizes
+
+
+def _kind(layer_name: str) -> str:
+    return "head" if layer_name == HEAD else "quantized"
 
 
 def copy_other_files(source: Path, directory: Path) -> None:
@@ -99,6 +107,9 @@ def write_config(source: Path, directory: Path, quantization_config: Mapping[str
     """config.json with the quantisation in it, and quantize_config.json, which older loaders read."""
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = dict(quantization_config)
+    if quantization_config.get("lm_head"):
+        # The head has weights of its own now, which readers that still tie it to the embedding would not look for.
+        config["tie_word_embeddings"] = False
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (directory / "quantize_config.json").write_text(json.dumps(dict(quantization_config), indent=2) + "\n")
 
@@ -118,6 +129,12 @@ class _ShardWriter:
             self._write()
         self._tensors[name] = tensor.contiguous()
         self._num_bytes += tensor.nbytes
+
+    def add_packed(self, layer_name: str, layer: PackedTensors) -> int:
+        """Returns: its bytes."""
+        for suffix, part in layer.named().items():
+            self.add(f"{layer_name}.{suffix}", part)
+        return sum(part.nbytes for part in layer.named().values())
 
     def close(self) -> None:
         self._write()

@@ -8,6 +8,7 @@ from typing import Any
 
 from folovllm.quantization.calibration import CalibrationText, read_calibration
 from folovllm.quantization.checkpoint import (
+    HEAD,
     check_target,
     copy_other_files,
     whole_directory,
@@ -21,6 +22,8 @@ from folovllm.quantization.packing import PackedTensors
 from folovllm.quantization.perplexity import perplexity
 
 BITS = (4, 8)
+HEAD_BITS = (4, 8, 16)
+"""Of the output head; 16 leaves it as it is."""
 GROUP_SIZES = (32, 64, 128, -1)
 
 Progress = Callable[[str, int, int], None]
@@ -33,11 +36,13 @@ class QuantizeReport:
 
     out: Path
     bits: int
+    head_bits: int
+    """Of the output head; 16: left as it was."""
     group_size: int
     sym: bool
     desc_act: bool
     num_layers: int
-    """Linear layers quantised."""
+    """Linear layers quantised, besides the output head."""
     calibration_tokens: int
     held_out_tokens: int
     perplexity_before: float
@@ -47,8 +52,11 @@ class QuantizeReport:
     quantized_bytes_before: int
     """Of the linear layers."""
     quantized_bytes_after: int
+    head_bytes_before: int
+    """Of the output head, if it was quantised; 0 if its weights were the embedding's, which stay besides."""
+    head_bytes_after: int
     kept_bytes: int
-    """Of everything else, which stays as it was: embedding, norms, output head, biases."""
+    """Of everything else, which stays as it was: embedding, norms, output head if it was not quantised, biases."""
     seconds: float
 
     @property
@@ -62,6 +70,7 @@ def quantize_checkpoint(
     out: Path,
     *,
     bits: int = 4,
+    head_bits: int = 16,
     group_size: int = 128,
     calibration: Path,
     sym: bool = True,
@@ -70,12 +79,16 @@ def quantize_checkpoint(
     window_tokens: int = 512,
     progress: Progress = lambda *_: None,
 ) -> QuantizeReport:
-    """Write a GPTQ checkpoint that folovllm, vLLM, AutoGPTQ and GPTQModel load.
+    """Write a GPTQ checkpoint that folovllm, vLLM and GPTQModel load, and AutoGPTQ unless the head is quantised.
+
+    A quantised output head is written as GPTQModel has it: "lm_head" is true, a "dynamic" rule says its bits if they
+    differ, and it is tied to the embedding no longer, which keeps its weights.
 
     Args:
         model: directory of an unquantised checkpoint of a Llama-like decoder.
         out: where to write; must not exist, or be an empty directory.
         bits: 4 or 8.
+        head_bits: 4 or 8, by GPTQ with the hidden states after the last layer; 16 leaves the head as it is.
         group_size: inputs that share a scale: 32, 64, 128, or -1 for all.
         calibration: UTF-8 text; its last tenth is kept to measure the perplexity with.
         sym: zero points in the middle; else each group has its own, and the format is "gptq_v2".
@@ -88,39 +101,42 @@ def quantize_checkpoint(
         QuantizationError: an option, the checkpoint, the text or the target is not fit; nothing is left behind.
     """
     begin = time.monotonic()
-    _check_options(bits, group_size, num_windows, window_tokens)
+    _check_options(bits, head_bits, group_size, num_windows, window_tokens)
     check_target(out)
     source_files = _source_files(model)
     network, tokenizer = _load(model)
     text = read_calibration(calibration, tokenizer, num_windows, window_tokens, max(1, num_windows // 4))
     options = GPTQOptions(bits=bits, group_size=group_size, sym=sym, desc_act=desc_act)
-    before, after, packed = _quantize(network, text, options, progress)
+    before, after, packed = _quantize(network, text, options, None if head_bits == 16 else head_bits, progress)
     with whole_directory(out) as directory:
         progress("writing", 0, 1)
         sizes = write_weights(source_files, packed, directory)
         copy_other_files(model, directory)
-        write_config(model, directory, _quantization_config(options))
+        write_config(model, directory, _quantization_config(options, head_bits))
     progress("writing", 1, 1)
     return QuantizeReport(
         out=out,
         bits=bits,
+        head_bits=head_bits,
         group_size=group_size,
         sym=sym,
         desc_act=desc_act,
-        num_layers=len(packed),
+        num_layers=len(packed) - (HEAD in packed),
         calibration_tokens=text.windows.numel(),
         held_out_tokens=text.held_out.numel(),
         perplexity_before=before,
         perplexity_after=after,
         quantized_bytes_before=sizes["quantized_before"],
         quantized_bytes_after=sizes["quantized_after"],
+        head_bytes_before=sizes["head_before"],
+        head_bytes_after=sizes["head_after"],
         kept_bytes=sizes["kept"],
         seconds=time.monotonic() - begin,
     )
 
 
 def _quantize(
-    network: Any, text: CalibrationText, options: GPTQOptions, progress: Progress
+    network: Any, text: CalibrationText, options: GPTQOptions, head_bits: int | None, progress: Progress
 ) -> tuple[float, float, dict[str, PackedTensors]]:
     progress("perplexity before", 0, 1)
     before = perplexity(network, text.held_out)
@@ -133,6 +149,7 @@ def _quantize(
         zero_offset=_zero_offset(options),
         on_packed=packed.__setitem__,
         on_layer=lambda done, total: progress("layers", done, total),
+        head_bits=head_bits,
     )
     progress("perplexity after", 0, 1)
     after = perplexity(network, text.held_out)
@@ -145,7 +162,8 @@ def _zero_offset(options: GPTQOptions) -> int:
     return 1 if options.sym else 0
 
 
-def _quantization_config(options: GPTQOptions) -> dict[str, Any]:
+def _quantization_config(options: GPTQOptions, head_bits: int) -> dict[str, Any]:
+    differs = head_bits not in (16, options.bits)
     return {
         "quant_method": "gptq",
         "bits": options.bits,
@@ -156,14 +174,16 @@ def _quantization_config(options: GPTQOptions) -> dict[str, Any]:
         "damp_percent": options.damp_percent,
         "true_sequential": True,
         "static_groups": False,
-        "lm_head": False,
+        "lm_head": head_bits != 16,
+        **({"dynamic": {HEAD: {"bits": head_bits}}} if differs else {}),
         "pack_dtype": "int32",
         "meta": {"quantizer": ["kvstrata"]},
     }
 
 
-def _check_options(bits: int, group_size: int, num_windows: int, window_tokens: int) -> None:
-    for name, value, allowed in (("bits", bits, BITS), ("group_size", group_size, GROUP_SIZES)):
+def _check_options(bits: int, head_bits: int, group_size: int, num_windows: int, window_tokens: int) -> None:
+    choices = ("bits", bits, BITS), ("head_bits", head_bits, HEAD_BITS), ("group_size", group_size, GROUP_SIZES)
+    for name, value, allowed in choices:
         if value not in allowed:
             raise QuantizationError(f"{name}={value} is not allowed; it must be one of {', '.join(map(str, allowed))}")
     for name, value, least in (("num_windows", num_windows, 1), ("window_tokens", window_tokens, 2)):

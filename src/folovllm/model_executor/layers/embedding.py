@@ -13,7 +13,8 @@ class Embedding:
     """Token id -> row of a `[vocab_size, hidden_size]` table.
 
     On a CPU the table is the checkpoint's own memory map, in the checkpoint's dtype: only the rows that are looked up
-    ever come into memory. Where the output head has the same weights, packed, they are looked up there.
+    ever come into memory, as file pages that the system may take back. Where the output head has the same weights,
+    packed, they are looked up there; a quantised head has others.
     """
 
     def __init__(

@@ -8,13 +8,20 @@ What a layer computes is here; how its weights are held is in `linear_weights`. 
 """
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 
+from folovllm.errors import ModelLoadError
 from folovllm.model_executor.build import BuildContext
-from folovllm.model_executor.layers.linear_weights import LinearShape, LinearWeights, PackedWeights, TorchWeights
+from folovllm.model_executor.layers.linear_weights import (
+    LinearShape,
+    LinearWeights,
+    PackedWeights,
+    QuantizationConfig,
+    TorchWeights,
+)
 
 
 class Split(enum.Enum):
@@ -52,14 +59,17 @@ class Linear:
         """
         self.parallel = context.parallel
         self.reduces = split is Split.INPUTS and context.parallel.size > 1
-        self.weights = _make_weights(context, _shape(context, in_features, parts, bias, split))
+        modules = [f"{name}.{part}" for part in ([fused] if fused else parts)]
+        quantization = None if context.quantization is None else context.quantization.of_linear(modules)
+        shape = _shape(context, in_features, parts, bias, split)
+        self.weights = _make_weights(context, modules, shape, quantization)
         if fused is None:
             for index, part in enumerate(parts):
-                for suffix, shape in self.weights.tensors(index).items():
-                    context.weights.expect(f"{name}.{part}.{suffix}", shape, partial(self.weights.load, index, suffix))
+                for suffix, size in self.weights.tensors(index).items():
+                    context.weights.expect(f"{name}.{part}.{suffix}", size, partial(self.weights.load, index, suffix))
         else:
-            for suffix, shape in self.weights.fused_tensors().items():
-                context.weights.expect(f"{name}.{fused}.{suffix}", shape, partial(self.weights.load_fused, suffix))
+            for suffix, size in self.weights.fused_tensors().items():
+                context.weights.expect(f"{name}.{fused}.{suffix}", size, partial(self.weights.load_fused, suffix))
         context.weights.when_filled(self.weights.finish)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,22 +79,31 @@ class Linear:
 
 
 class OutputHead:
-    """Hidden states -> logits; its weights are its own or the embedding's."""
+    """Hidden states -> logits; its weights are its own or the embedding's.
+
+    A quantised head always has weights of its own: where the model ties them to the embedding's, it does so no longer.
+    """
 
     def __init__(self, context: BuildContext, name: str, hidden_size: int, vocab_size: int) -> None:
         self.parallel = context.parallel
+        quantization = None if context.quantization is None else context.quantization.of_head(name)
+        unit = 1 if quantization is None else quantization.output_unit
         # A vocabulary that cannot be shared out evenly is held whole by every rank.
-        self.is_split = vocab_size % context.parallel.size == 0 and context.parallel.size > 1
+        self.is_split = vocab_size % (context.parallel.size * unit) == 0 and context.parallel.size > 1
         split = Split.OUTPUTS if self.is_split else Split.NONE
         shape = _shape(context, hidden_size, {name: vocab_size}, False, split)
-        self.weights = _make_plain_weights(context, shape)
-        if context.hf_config.tie_word_embeddings:
+        self.weights = _make_weights(context, [name], shape, quantization)
+        self.is_tied = bool(context.hf_config.tie_word_embeddings) and quantization is None
+        """Whether the embedding's weights are to be loaded here."""
+        if self.is_tied:
             context.weights.optional.add(f"{name}.weight")  # some checkpoints repeat it
         else:
-            context.weights.expect(f"{name}.weight", (vocab_size, hidden_size), self.load)
+            for suffix, size in self.weights.tensors(0).items():
+                context.weights.expect(f"{name}.{suffix}", size, partial(self.weights.load, 0, suffix))
+        context.weights.when_filled(self.weights.finish)
 
     def load(self, weight: torch.Tensor) -> None:
-        """Take `[vocab_size, hidden_size]`."""
+        """Take the embedding's `[vocab_size, hidden_size]`. REQUIRES: is_tied."""
         self.weights.load(0, "weight", weight)
 
     def row_source(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -114,15 +133,16 @@ def _shape(context: BuildContext, in_features: int, parts: Mapping[str, int], bi
     )
 
 
-def _make_weights(context: BuildContext, shape: LinearShape) -> LinearWeights:
-    if context.quantization is not None:
-        return context.quantization.make_weights(
-            shape, context.dtype, context.device, context.workspace, batch_invariant=context.batch_invariant
-        )
-    return _make_plain_weights(context, shape)
-
-
-def _make_plain_weights(context: BuildContext, shape: LinearShape) -> LinearWeights:
+def _make_weights(
+    context: BuildContext, modules: Sequence[str], shape: LinearShape, quantization: QuantizationConfig | None
+) -> LinearWeights:
+    if quantization is not None:
+        try:
+            return quantization.make_weights(
+                shape, context.dtype, context.device, context.workspace, batch_invariant=context.batch_invariant
+            )
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{', '.join(modules)}: {error}") from error
     if context.workspace is None:
         return TorchWeights(shape, context.dtype, context.device)
     return PackedWeights(shape, context.dtype, context.workspace, batch_invariant=context.batch_invariant)

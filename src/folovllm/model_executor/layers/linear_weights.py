@@ -10,6 +10,7 @@ Some checkpoints hold the parts as one fused projection, in the same order; it i
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -122,7 +123,24 @@ class LinearWeights(ABC):
 
 
 class QuantizationConfig(Protocol):
-    """A quantised format, as the checkpoint's config.json declares it."""
+    """A quantised format, as the checkpoint's config.json declares it: of all layers, then of one."""
+
+    def of_linear(self, modules: Sequence[str]) -> "QuantizationConfig | None":
+        """That of the linear layer which the checkpoint holds as these modules; None: it is not quantised.
+
+        Raises:
+            ModelLoadError: the modules are not quantised alike.
+        """
+        ...
+
+    def of_head(self, module: str) -> "QuantizationConfig | None":
+        """That of the output head; None: it is not quantised."""
+        ...
+
+    @property
+    def output_unit(self) -> int:
+        """Ranks can share a layer's outputs out in multiples of this."""
+        ...
 
     def make_weights(
         self,

@@ -2,12 +2,14 @@
 
 What a checkpoint holds is drawn in folovllm/quantization/packing.py. On a CPU the native kernels run on weights packed
 once from the memory map (csrc/folovllm/quantized_linear.h); elsewhere the weights are dequantised when they load.
-Left out: bit widths other than 4 and 8, per-layer overrides and a quantised output head, which are refused by name.
+Modules may have settings of their own (`dynamic`, folovllm/quantization/dynamic.py), and the output head may be
+quantised (`lm_head`). Left out, and refused by name: bit widths other than 4 and 8, projections of one input that are
+merged here and have different settings.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,27 @@ import torch
 from folovllm import _native
 from folovllm.dtypes import DTYPE_NAMES
 from folovllm.errors import ModelLoadError
+from folovllm.model_executor.layers.gptq_parts import GPTQParts
 from folovllm.model_executor.layers.linear_weights import LinearShape, LinearWeights, TorchWeights
 from folovllm.ops.workspace import Workspace
+from folovllm.quantization.dynamic import DynamicRule, find_rule, one_of, parse_dynamic
 from folovllm.quantization.packing import PackedTensors, dequantize
 
 BITS = (4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    "bits": BITS,
+    "group_size": GROUP_SIZES,
+    "desc_act": (False, True),
+    "sym": (False, True),
+}
+"""What the settings of a layer can be."""
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 """Checkpoint format -> what is to be added to a stored zero point."""
 
 # Options that change what the checkpoint holds, with the only value that is supported.
-_REQUIRED = {"lm_head": False, "is_marlin_format": False, "pack_dtype": "int32"}
-_MUST_BE_EMPTY = ("dynamic", "modules_to_not_convert")
+_REQUIRED = {"is_marlin_format": False, "pack_dtype": "int32"}
+_MUST_BE_EMPTY = ("modules_to_not_convert",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +53,10 @@ class GPTQConfig:
     sym: bool
     checkpoint_format: str = "gptq"
     """"gptq" stores zero points less one, "gptq_v2" as they are."""
+    lm_head: bool = False
+    """Whether the output head is quantised, unless a rule excludes it."""
+    dynamic: tuple[DynamicRule, ...] = ()
+    """Settings of single modules; the first rule that matches holds."""
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "GPTQConfig":
@@ -59,15 +74,49 @@ class GPTQConfig:
                 raise ModelLoadError(f"GPTQ option {name}={given!r} is not supported; it must be {value!r}")
         for name in _MUST_BE_EMPTY:
             if options.get(name):
-                raise ModelLoadError(f"GPTQ option {name} is not supported: every layer must be quantised alike")
+                raise ModelLoadError(f"GPTQ option {name} is not supported; exclude modules by rules in dynamic")
         checkpoint_format = options.get("checkpoint_format") or options.get("format") or "gptq"
         return cls(
-            bits=_one_of("bits", options.get("bits"), BITS),
-            group_size=_one_of("group_size", options.get("group_size", -1), GROUP_SIZES),
-            desc_act=_one_of("desc_act", options.get("desc_act", False), (False, True)),
-            sym=_one_of("sym", options.get("sym", True), (False, True)),
-            checkpoint_format=_one_of("checkpoint_format", checkpoint_format, tuple(ZERO_OFFSETS)),
+            bits=one_of("bits", options.get("bits"), ALLOWED["bits"]),
+            group_size=one_of("group_size", options.get("group_size", -1), ALLOWED["group_size"]),
+            desc_act=one_of("desc_act", options.get("desc_act", False), ALLOWED["desc_act"]),
+            sym=one_of("sym", options.get("sym", True), ALLOWED["sym"]),
+            checkpoint_format=one_of("checkpoint_format", checkpoint_format, tuple(ZERO_OFFSETS)),
+            lm_head=one_of("lm_head", options.get("lm_head", False), (False, True)),
+            dynamic=parse_dynamic(options.get("dynamic"), ALLOWED),
         )
+
+    def of_linear(self, modules: Sequence[str]) -> "GPTQConfig | None":
+        """The settings of one linear layer, by the rules; None: it is not quantised.
+
+        Args:
+            modules: the checkpoint's names of its parts, or of the one that holds them all.
+
+        Raises:
+            ModelLoadError: the rules tell its parts apart.
+        """
+        settings = [self._of_module(module) for module in modules]
+        if any(other != settings[0] for other in settings):
+            raise ModelLoadError(
+                f"GPTQ option dynamic gives {', '.join(modules)} different settings; they are computed as one layer, "
+                "and must have the same"
+            )
+        return settings[0]
+
+    def of_head(self, module: str) -> "GPTQConfig | None":
+        """The settings of the output head; None: it is not quantised."""
+        return self._of_module(module) if self.lm_head else None
+
+    def _of_module(self, module: str) -> "GPTQConfig | None":
+        rule = find_rule(self.dynamic, module)
+        if rule is not None and rule.overrides is None:
+            return None
+        return replace(self, **({} if rule is None else rule.overrides or {}), lm_head=False, dynamic=())
+
+    @property
+    def output_unit(self) -> int:
+        """Outputs whose zero points lie in one word: ranks cannot part them."""
+        return 32 // self.bits
 
     @property
     def zero_offset(self) -> int:
@@ -114,73 +163,6 @@ def read_gptq_config(directory: Path, hf_quantization_config: Mapping[str, Any] 
     return GPTQConfig.from_dict(options)
 
 
-class GPTQParts:
-    """Collects the packed tensors of a layer's parts, cut to this rank's share."""
-
-    def __init__(self, config: GPTQConfig, shape: LinearShape) -> None:
-        self.config = config
-        self.shape = shape
-        self._parts: list[dict[str, torch.Tensor]] = [{} for _ in shape.parts]
-
-    def tensors(self, part: int) -> dict[str, tuple[int, ...]]:
-        """Suffix -> shape of a part in the checkpoint."""
-        inputs, outputs = self.shape.in_features, self.shape.parts[part]
-        pack = 32 // self.config.bits
-        groups = 1 if self.config.group_size == -1 else -(-inputs // self.config.group_size)
-        tensors: dict[str, tuple[int, ...]] = {
-            "qweight": (inputs // pack, outputs),
-            "qzeros": (groups, outputs // pack),
-            "scales": (groups, outputs),
-            "g_idx": (inputs,),
-        }
-        if self.shape.has_bias:
-            tensors["bias"] = (outputs,)
-        return tensors
-
-    @staticmethod
-    def output_axis(suffix: str) -> int | None:
-        """Outputs are the columns of the packed tensors; which group an input belongs to is the same for all."""
-        return {"g_idx": None, "bias": 0}.get(suffix, 1)
-
-    def add(self, part: int, suffix: str, tensor: torch.Tensor) -> bool:
-        """Keep a tensor, without copying it.
-
-        Returns:
-            Whether all of the layer have come.
-
-        Raises:
-            ModelLoadError: a dtype it cannot have.
-        """
-        allowed = (torch.float16, torch.bfloat16, torch.float32) if suffix == "scales" else (torch.int32,)
-        if tensor.dtype not in allowed:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-            raise ModelLoadError(f"it is {tensor.dtype}; {suffix} must be {names}")
-        self._parts[part][suffix] = tensor
-        return all(len(tensors) == 4 for tensors in self._parts)
-
-    def take(self) -> list[PackedTensors]:
-        """This rank's share of every part, which is forgotten here."""
-        parts = [self._share(i, PackedTensors(**tensors)) for i, tensors in enumerate(self._parts)]
-        self._parts.clear()
-        return parts
-
-    def _share(self, part: int, whole: PackedTensors) -> PackedTensors:
-        inputs, outputs = self.shape.inputs, self.shape.outputs[part]
-        pack = 32 // self.config.bits
-        words = slice(inputs.start // pack, inputs.stop // pack)
-        g_idx, first, last = whole.g_idx[inputs], 0, len(whole.scales)
-        if self.config.group_size != -1 and inputs != slice(0, self.shape.in_features):
-            # Checked before: without act order, and on a group's border.
-            first, last = inputs.start // self.config.group_size, -(-inputs.stop // self.config.group_size)
-            g_idx = g_idx - first
-        return PackedTensors(
-            qweight=whole.qweight[words, outputs],
-            qzeros=whole.qzeros[first:last, outputs.start // pack : outputs.stop // pack],
-            scales=whole.scales[first:last, outputs],
-            g_idx=g_idx,
-        )
-
-
 class GPTQLinearWeights(LinearWeights):
     """Packed for the native kernels of a CPU, which dequantise in registers."""
 
@@ -195,7 +177,7 @@ class GPTQLinearWeights(LinearWeights):
         self.bias = torch.zeros(shape.num_outputs, dtype=torch.float32) if shape.applies_bias else None
         self.kernels: list[tuple[int, int, _native.QuantizedLinear]] = []
         """First output column, number of columns, kernel: one for all parts, or one each if their orders differ."""
-        self._parts = GPTQParts(config, shape)
+        self._parts = GPTQParts(config.bits, config.group_size, shape)
         self._num_outputs = shape.num_outputs
         self._dtype_name = DTYPE_NAMES[dtype]
 
@@ -290,7 +272,7 @@ class DequantizedGPTQWeights(TorchWeights):
     def __init__(self, config: GPTQConfig, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(shape, dtype, device)
         self.config = config
-        self._parts = GPTQParts(config, shape)
+        self._parts = GPTQParts(config.bits, config.group_size, shape)
 
     def tensors(self, part: int) -> dict[str, tuple[int, ...]]:
         """The four packed tensors, and the bias."""
@@ -323,14 +305,6 @@ def load_bias(weights: LinearWeights, part: int, tensor: torch.Tensor) -> None:
         source = tensor[weights.shape.outputs[part]]
         start = weights.shape.offset(part)
         weights.bias[start : start + len(source)].copy_(source)
-
-
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    if value not in allowed:
-        raise ModelLoadError(
-            f"GPTQ option {name}={value!r} is not supported; supported: {', '.join(map(str, allowed))}"
-        )
-    return allowed[allowed.index(value)]
 
 
 def _check_shape(config: GPTQConfig, shape: LinearShape) -> None:

@@ -140,7 +140,7 @@ class DenseForCausalLM:
             config, context.backend.head_size, context.max_positions, context.dtype, context.device
         )
         self.lm_head = OutputHead(context, "lm_head", config.hidden_size, config.vocab_size)
-        tied = self.lm_head if config.tie_word_embeddings else None
+        tied = self.lm_head if self.lm_head.is_tied else None
         self.embed_tokens = Embedding(context, "model.embed_tokens", config.vocab_size, config.hidden_size, tied)
         self.layers = [
             self.layer_class(context, traits, f"model.layers.{i}", self.cos_sin)
