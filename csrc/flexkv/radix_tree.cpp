@@ -145,8 +145,7 @@ LockedPrefix RadixTree::lock_prefix(Digests sequence, bool ready_only) {
   ++clock_;
   for (NodeIndex index = bottom; index != kNoNode; index = node(index).parent) {
     Node& used = node(index);
-    used.use.last_access = clock_;
-    if (used.use.num_hits != UINT32_MAX) ++used.use.num_hits;
+    used.use.touch(clock_);
     ++used.lock_count;
     update_evictable(index);
   }
@@ -223,7 +222,7 @@ Handle RadixTree::insert(Handle handle, Digests digests, std::span<const std::in
   std::memcpy(fresh.run.digests(), digests.data, digests.count * digest_size_);
   std::transform(block_ids.begin(), block_ids.end(), fresh.run.block_ids(digest_size_),
                  [](std::int64_t id) { return static_cast<std::uint32_t>(id); });
-  fresh.use = {.last_access = node(parent).use.last_access, .num_hits = 1};
+  fresh.use = {.last_access = node(parent).use.last_access, .num_uses = 1, .inserted = clock_};
   fresh.lock_count = 1;
   link(parent, index);
   counts_.num_blocks += digests.count;
