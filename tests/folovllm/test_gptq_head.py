@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,25 @@ def test_the_embedding_is_looked_up_in_the_checkpoint_itself(source, tmp_path):
     assert embedding._table.dtype is torch.bfloat16  # the file's own, neither packed nor converted
     ids = torch.tensor([0, 5, VOCAB - 1, 5], dtype=torch.int32)
     assert torch.equal(embedding(ids), embedding._table[ids.long()].float())
+
+
+def test_no_page_of_the_checkpoint_stays_in_memory(source, tmp_path):
+    _, quantized = write(source(True), tmp_path, replace(LAYERS, bits=8))
+    runner = make_runner(quantized)
+    assert resident_kib(quantized / "model.safetensors") == 0
+    RunnerDriver(runner).generate(PROMPTS, 2)
+    assert resident_kib(quantized / "model.safetensors") > 0  # of the embedding, which is looked up there
+
+
+def resident_kib(file: Path) -> int:
+    """Of this process's maps of the file."""
+    sizes, is_of_file = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.split(" ", 1)[0].count("-") == 1 and ":" not in line.split(" ", 1)[0]:
+            is_of_file = line.endswith(str(file))
+        elif is_of_file and line.startswith("Rss:"):
+            sizes += int(line.split()[1])
+    return sizes
 
 
 def test_two_ranks_share_the_head(source, tmp_path):

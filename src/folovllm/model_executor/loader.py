@@ -109,8 +109,8 @@ def load_weights(weights: WeightRegistry, files: list[Path]) -> None:
     """
     filled: set[str] = set()
     unexpected: list[str] = []
-    for file in files:
-        opened = SafetensorsMap(file)
+    maps = [SafetensorsMap(file) for file in files]
+    for file, opened in zip(files, maps, strict=True):
         for name in opened:
             if name in weights.optional or name.endswith("rotary_emb.inv_freq"):  # follows from config.json
                 continue
@@ -127,6 +127,8 @@ def load_weights(weights: WeightRegistry, files: list[Path]) -> None:
         faults += [f"not part of the model: {_shown(unexpected)}"] if unexpected else []
         raise ModelLoadError(f"the weights in {files[0].parent} do not fit config.json; {'; '.join(faults)}")
     weights.finish()
+    for opened in maps:
+        opened.release_all()  # layers of several tensors read the first ones again when the last comes
 
 
 def _fill(weights: WeightRegistry, opened: SafetensorsMap, name: str) -> None:

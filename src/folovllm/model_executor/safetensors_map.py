@@ -87,6 +87,10 @@ class SafetensorsMap:
         if last > first:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
+    def release_all(self) -> None:
+        """Let go of the whole file's pages, as `release` of those of one tensor."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
     def _read_header(self) -> tuple[int, dict[str, Any]]:
         if len(self._map) < 8:
             raise self._broken("it is shorter than a header")
