@@ -18,6 +18,7 @@ from tests.flexkv.remote_servers import (
     soon,
 )
 
+from flexkv.common.config import ResilienceConfig
 from flexkv.errors import InvalidRequestError
 from flexkv.storage.remote.base import RemoteBackend, RemoteStore, RemoteStoreError, RemoteTimeoutError
 from flexkv.storage.remote.factory import open_backend, open_remote_store
@@ -26,7 +27,7 @@ from flexkv.storage.remote.mooncake import MooncakeStore
 from flexkv.storage.remote.mooncake_wire import LaneOp
 from flexkv.storage.remote.posix import PosixStore
 from flexkv.storage.remote.redis import RedisStore
-from flexkv.storage.remote.resilient import ResilienceConfig, ResilientStore
+from flexkv.storage.remote.resilient import ResilientStore
 from flexkv.storage.remote.s3 import S3Store
 from flexkv.storage.remote.value import HEADER_BYTES, make_header
 

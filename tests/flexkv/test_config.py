@@ -1,17 +1,34 @@
 """Options come from file, environment and engine; bad ones are refused by name."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tests.flexkv.fake_engine import engine_config
 
-from flexkv.common.config import CacheConfig, CpuTierConfig, EvictionConfig, ModelConfig, TransferConfig
+from flexkv.common.config import (
+    CacheConfig,
+    CpuTierConfig,
+    Durability,
+    EvictionConfig,
+    ModelConfig,
+    RemoteTierConfig,
+    ResilienceConfig,
+    SsdTierConfig,
+    TransferConfig,
+)
 from flexkv.errors import ConfigError
 from flexkv.integration.config import FlexKVConfig, config_for_engine
 
+HERE = Path("here")
 MODEL = ModelConfig(num_layers=2, num_kv_heads=4, head_size=64, dtype="bfloat16", tp_size=2)
+
+
+def with_remote(**options) -> CacheConfig:
+    return CacheConfig(CpuTierConfig(1.0), remote=RemoteTierConfig("file:///a"), **options)
 
 
 def test_block_bytes_count_every_rank():
@@ -31,7 +48,7 @@ def test_a_tier_holds_whole_blocks():
         (lambda: CpuTierConfig(1.0, 5), "either size_gb or num_blocks"),
         (lambda: CpuTierConfig(size_gb=-1), "size_gb=-1"),
         (lambda: CpuTierConfig(num_blocks=0), "num_blocks=0"),
-        (lambda: EvictionConfig(policy="random"), "one of lru"),
+        (lambda: EvictionConfig(policy="random"), "one of lru, lfu, fifo, mru, slru"),
         (lambda: EvictionConfig(evict_ratio=2), "evict_ratio=2"),
         (lambda: TransferConfig(num_copy_threads=0), "num_copy_threads=0"),
         (lambda: ModelConfig(0, 1, 1, "float32"), "num_layers=0"),
@@ -40,6 +57,22 @@ def test_a_tier_holds_whole_blocks():
         (lambda: CacheConfig(CpuTierConfig(1.0), hash_algorithm="md5"), "hash_algorithm='md5'"),
         (lambda: CacheConfig(CpuTierConfig(1e-9)).num_cpu_blocks(MODEL), "smaller than one block"),
         (lambda: CacheConfig(CpuTierConfig(1e9)).num_cpu_blocks(MODEL), "the machine has"),
+        (lambda: SsdTierConfig((), 1.0), r"directories=\(\)"),
+        (lambda: SsdTierConfig("/a", 1.0), "directories='/a'"),
+        (lambda: SsdTierConfig((HERE,)), "the SSD tier takes either size_gb or num_blocks"),
+        (lambda: SsdTierConfig((HERE,), -1.0), "size_gb=-1"),
+        (lambda: SsdTierConfig((HERE,), 1.0, durability="power"), "durability='power'"),
+        (lambda: SsdTierConfig((HERE,), 1.0, backend="dma"), "one of auto, io_uring, threads"),
+        (lambda: SsdTierConfig((HERE,), 1.0, queue_depth=0), "queue_depth=0"),
+        (lambda: SsdTierConfig((HERE,), 1.0, io_bytes=5000), "io_bytes=5000.*multiple of 4096"),
+        (lambda: SsdTierConfig((HERE,), 1.0, num_threads=True), "num_threads=True"),
+        (lambda: RemoteTierConfig("somewhere"), "scheme://place"),
+        (lambda: RemoteTierConfig("file:///a", namespace=""), "namespace=''"),
+        (lambda: RemoteTierConfig("file:///a", write="some"), "one of all, none"),
+        (lambda: RemoteTierConfig("file:///a", get_deadline_s=0), "get_deadline_s=0"),
+        (lambda: RemoteTierConfig("file:///a", put_deadline_s=float("inf")), "put_deadline_s=inf"),
+        (lambda: RemoteTierConfig("file:///a", num_get_threads=65), "num_get_threads=65"),
+        (lambda: with_remote(hash_algorithm="xxhash"), "hash_algorithm='xxhash'.*sha256_cbor with an SSD or remote"),
     ],
 )
 def test_bad_values_are_refused_by_name(make, message):
@@ -74,6 +107,74 @@ def test_a_json_file_is_read_too(tmp_path):
 def test_a_bad_environment_is_refused_by_name(env, message):
     with pytest.raises(ConfigError, match=message):
         FlexKVConfig.from_env(env)
+
+
+def test_tiers_are_absent_unless_they_are_asked_for():
+    cache = FlexKVConfig.from_env({}).cache_config(16)
+    assert (cache.ssd, cache.remote) == (None, None)
+
+
+def test_every_option_of_the_tiers_is_honoured():
+    env = {
+        "SSD_CACHE_GB": "1.5",
+        "SSD_CACHE_DIR": "/a;/b;",
+        "SSD_DURABILITY": "power",
+        "SSD_BACKEND": "threads",
+        "SSD_QUEUE_DEPTH": "7",
+        "SSD_IO_BYTES": "8192",
+        "SSD_NUM_THREADS": "3",
+        "SSD_REGISTER_MEMORY": "0",
+        "SSD_DIRECT": "false",
+        "REMOTE_URL": "redis://:secret@host",
+        "REMOTE_NAMESPACE": "team",
+        "REMOTE_WRITE": "none",
+        "REMOTE_GET_DEADLINE_S": "0.5",
+        "REMOTE_PUT_DEADLINE_S": "2",
+        "REMOTE_NUM_GET_THREADS": "5",
+        "REMOTE_NUM_PUT_THREADS": "6",
+        "REMOTE_MAX_RETRIES": "0",
+        "REMOTE_BACKOFF_S": "0.25",
+        "REMOTE_MAX_BACKOFF_S": "0.75",
+        "REMOTE_FAILURE_LIMIT": "9",
+        "REMOTE_COOLDOWN_S": "11",
+    }
+    options = FlexKVConfig.from_env({f"FLEXKV_{name}": value for name, value in env.items()})
+    untouched = [f for f in FlexKVConfig.__slots__ if f.upper() not in env and f.startswith(("ssd_", "remote_"))]
+    assert untouched == [], "an option that this test leaves out"
+    cache = options.cache_config(16)
+    directories = (Path("/a"), Path("/b"))
+    assert cache.ssd == SsdTierConfig(directories, 1.5, None, Durability.POWER, "threads", 7, 8192, 3, False, False)
+    resilience = ResilienceConfig(0, 0.25, 0.75, 9, 11.0)
+    assert cache.remote == RemoteTierConfig("redis://:secret@host", "team", "none", 0.5, 2.0, 5, 6, resilience)
+    assert "secret" not in f"{options} {cache}"
+
+
+def test_ranks_of_data_parallel_engines_have_ssd_directories_of_their_own():
+    engine = engine_config("x", ssd_cache_gb=1, ssd_cache_dir="/a")
+    engine.parallel_config = SimpleNamespace(tensor_parallel_size=1, data_parallel_rank=1, data_parallel_size=2, rank=0)
+    config = config_for_engine(engine).post_init_from_vllm_config(engine)
+    assert config.cache.ssd.directories == (Path("/a/dp-1"),)
+    assert config.cache.ssd == replace(config.cache.ssd, size_gb=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ssd_cache_gb": 1}, "ssd_cache_dir is missing"),
+        ({"ssd_cache_dir": "/a"}, "ssd_cache_gb is missing"),
+        ({"ssd_cache_gb": 0, "ssd_cache_dir": "/a"}, "ssd_cache_gb=0"),
+        ({"ssd_cache_gb": 1, "ssd_cache_dir": ";"}, "ssd_cache_dir="),
+        ({"ssd_cache_gb": 1, "ssd_cache_dir": "/a", "ssd_durability": "none"}, "ssd_durability='none'.*process, power"),
+        ({"ssd_cache_gb": 1, "ssd_cache_dir": "/a", "ssd_backend": "x"}, "ssd_backend='x'"),
+        ({"ssd_direct": False}, "ssd_direct is given without ssd_cache_gb"),
+        ({"remote_write": "none"}, "remote_write is given without remote_url"),
+        ({"remote_url": "x"}, "remote_url is not allowed"),
+        ({"remote_url": "file:///a", "remote_cooldown_s": -1}, "remote_cooldown_s=-1"),
+    ],
+)
+def test_bad_options_of_tiers_are_refused_by_name(options, message):
+    with pytest.raises(ConfigError, match=message):
+        FlexKVConfig().override(options, "test").cache_config(16)
 
 
 @pytest.mark.parametrize(("text", "message"), [("- a", "no mapping"), ("a: [", "cannot be read"), ("zzz: 1", "zzz")])

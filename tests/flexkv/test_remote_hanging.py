@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from tests.flexkv.remote_servers import MooncakeServer, eventually, require_backend, s3_url, soon
 
+from flexkv.common.config import ResilienceConfig
 from flexkv.storage.remote.base import RemoteStore, RemoteStoreError, RemoteTimeoutError
 from flexkv.storage.remote.factory import open_backend, open_remote_store
 from flexkv.storage.remote.keys import block_key
 from flexkv.storage.remote.mooncake import MooncakeStore
-from flexkv.storage.remote.resilient import ResilienceConfig, ResilientStore
+from flexkv.storage.remote.resilient import ResilientStore
 
 BLOCK_BYTES = 100_000
 KEYS = [block_key("hanging", "m", bytes([i])) for i in range(3)]

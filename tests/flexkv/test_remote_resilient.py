@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from flexkv.common.config import ResilienceConfig
 from flexkv.errors import ConfigError, InvalidRequestError
 from flexkv.storage.remote.base import BlockBuffer, BoolArray, RemoteStore, RemoteStoreError, RemoteTimeoutError
 from flexkv.storage.remote.breaker import TRANSITIONS, BreakerEvent, BreakerState, CircuitBreaker
 from flexkv.storage.remote.keys import block_key
-from flexkv.storage.remote.resilient import ResilienceConfig, ResilientStore
+from flexkv.storage.remote.resilient import ResilientStore
 
 KEYS = [block_key(None, "m", bytes([i])) for i in range(4)]
 OK: list[Exception | None] = [None]

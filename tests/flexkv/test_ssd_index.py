@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexkv.common.config import Durability
 from flexkv.errors import CacheStateError, ConfigError, TransferError
-from flexkv.storage.ssd_index import INDEX_NAME, Durability, SsdIndex, read_meta
+from flexkv.storage.ssd_index import INDEX_NAME, SsdIndex, read_meta
 from flexkv.storage.ssd_rows import StoredBlocks, link_rows
 
 FINGERPRINT = {"model": "m", "dtype": "bfloat16"}

@@ -13,10 +13,11 @@ import pytest
 from tests.flexkv import ssd_writer_process as writer
 from tests.flexkv.ssd_memory import TIMEOUT_S, Pool
 
+from flexkv.common.config import Durability
 from flexkv.errors import ConfigError
 from flexkv.storage.directory_lock import LOCK_NAME, DirectoryLock
 from flexkv.storage.ssd_files import SsdFiles, num_slots_for, slot_bytes
-from flexkv.storage.ssd_index import INDEX_NAME, Durability, read_meta
+from flexkv.storage.ssd_index import INDEX_NAME, read_meta
 from flexkv.storage.ssd_rows import StoredBlocks
 from flexkv.storage.ssd_store import SsdStore, clear_store, reopen_store
 

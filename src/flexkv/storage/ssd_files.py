@@ -15,10 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from flexkv.common.config import SECTOR_BYTES
 from flexkv.errors import ConfigError
-
-SECTOR_BYTES: Final = 4096
-"""Direct I/O moves multiples of this."""
 
 _PREFIX: Final = "blocks-"
 

@@ -1,6 +1,6 @@
 """What the SSD tier holds: one row per stored block, in SQLite (WAL), so that a restart is warm.
 
-    meta        key, value                          schema version, fingerprint (JSON), directories (JSON)
+    meta        key, value                          schema version, fingerprint (JSON), directories (JSON), bound parts
     namespaces  id, labels                          labels: JSON list of strings; id 0 is the common namespace, []
     blocks      slot, hash, parent, checksum, namespace_id      hash, parent: 32 bytes; parent all zero for block 0
                 `- the key: place of the data in the files       checksum: XXH3-64, as a signed integer
@@ -23,14 +23,15 @@ import json
 import logging
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from flexkv.common.config import Durability
 from flexkv.errors import CacheStateError, ConfigError, TransferError
 from flexkv.storage.ssd_rows import HASH_BYTES, LoadedBlocks, StoredBlocks, link_rows, pack_rows
 
@@ -59,21 +60,8 @@ Fingerprint = Mapping[str, str]
 """Everything that gives the bytes of a block their meaning: model, layout, dtype, block size, TP size, slots, ..."""
 
 
-class Durability(Enum):
-    """What a stored block survives.
-
-    PROCESS: the death of the process, kill -9 included. After a loss of power the blocks written last may be missing,
-    and checksums tell those whose data did not arrive. The default: a cache need not outlive more, and nothing waits
-    for the disk's caches. POWER: a loss of power too; each commit waits for the disk, and the data must have been
-    synced.
-    """
-
-    PROCESS = "process"
-    POWER = "power"
-
-
 class SsdIndex:
-    """The rows of one store. Used by one thread at a time; the directory's lock is the caller's to hold."""
+    """The rows of one store. Used by one thread at a time, `bind` by any; the directory's lock is the caller's."""
 
     def __init__(self, directory: Path, fingerprint: Fingerprint, durability: Durability = Durability.PROCESS) -> None:
         """Open the index of a directory, or make one. A damaged one is moved aside, and the tier starts cold.
@@ -85,6 +73,7 @@ class SsdIndex:
         self._fingerprint = dict(fingerprint)
         self._durability = durability
         self.is_new = False
+        self._lock = threading.Lock()  # `bind` comes from another thread than the rest
         try:
             self._db = self._open()
         except sqlite3.DatabaseError as error:
@@ -196,6 +185,22 @@ class SsdIndex:
         with self._transaction():
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('directories', ?)", (json.dumps(directories),))
 
+    def bind(self, name: str, value: str) -> None:
+        """Add a part of the fingerprint that is known only now; an index without rows takes another one.
+
+        Raises:
+            ConfigError: its rows were stored with another value.
+            TransferError: the disk refused.
+        """
+        key = f"bound {name}"
+        stored = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        if stored == (value,):
+            return
+        if stored is not None and self.num_blocks > 0:
+            raise _made_for_another(self._path, f"{name} was {stored[0]!r}, is {value!r}")
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
     @property
     def num_blocks(self) -> int:
         """Number of rows; counts them."""
@@ -204,14 +209,15 @@ class SsdIndex:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+            with self._lock:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
         except sqlite3.IntegrityError as error:
             raise CacheStateError(
                 f"the SSD index has one of these slots already, or it is malformed: {error}"
@@ -270,15 +276,23 @@ def _check_whole(db: sqlite3.Connection) -> None:
 
 def _check_meta(db: sqlite3.Connection, path: Path, fingerprint: dict[str, str]) -> None:
     meta = dict(db.execute("SELECT key, value FROM meta"))
-    remedy = f"use another directory, or empty it with `kvstrata flexkv clear {path.parent}`"
     try:
         version = int(meta["schema_version"])
         stored = json.loads(meta["fingerprint"])
     except (KeyError, ValueError) as error:
         raise sqlite3.DatabaseError(f"no readable meta table: {error!r}") from error
     if version != SCHEMA_VERSION:
-        raise ConfigError(f"{str(path)!r} has version {version}, this program reads {SCHEMA_VERSION}; {remedy}")
+        raise ConfigError(f"{str(path)!r} has version {version}, this program reads {SCHEMA_VERSION}; {_remedy(path)}")
     if stored != fingerprint:
         names = sorted(name for name in stored.keys() | fingerprint.keys() if stored.get(name) != fingerprint.get(name))
         sides = ", ".join(f"{n} was {stored.get(n, 'absent')!r}, is {fingerprint.get(n, 'absent')!r}" for n in names)
-        raise ConfigError(f"the SSD tier in {str(path.parent)!r} was made for something else: {sides}; {remedy}")
+        raise _made_for_another(path, sides)
+
+
+def _made_for_another(path: Path, difference: str) -> ConfigError:
+    where = str(path.parent)
+    return ConfigError(f"the SSD tier in {where!r} was made for something else: {difference}; {_remedy(path)}")
+
+
+def _remedy(path: Path) -> str:
+    return f"use another directory, or empty it with `kvstrata flexkv clear {path.parent}`"

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+from flexkv.common.config import Durability
 from flexkv.errors import ConfigError
 from flexkv.storage.directory_lock import DirectoryLock
 from flexkv.storage.ssd_files import SsdFiles, remove_files
-from flexkv.storage.ssd_index import Durability, SsdIndex, read_meta, remove_index
+from flexkv.storage.ssd_index import SsdIndex, read_meta, remove_index
 
 logger = logging.getLogger(__name__)
 

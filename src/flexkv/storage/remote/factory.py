@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
+from flexkv.common.config import ResilienceConfig
 from flexkv.errors import ConfigError
 from flexkv.storage.remote.base import RemoteBackend
 from flexkv.storage.remote.mooncake import MooncakeStore
 from flexkv.storage.remote.posix import PosixStore
 from flexkv.storage.remote.redis import RedisStore
-from flexkv.storage.remote.resilient import ResilienceConfig, ResilientStore
+from flexkv.storage.remote.resilient import ResilientStore
 from flexkv.storage.remote.s3 import S3Store
 from flexkv.storage.remote.url import parse_url
 

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from flexkv.errors import ConfigError
+from flexkv.common.config import ResilienceConfig
 from flexkv.storage.remote.base import (
     BlockBuffer,
     BoolArray,
@@ -34,35 +34,6 @@ _FAILURES: Final = (RemoteStoreError, OSError, RuntimeError)
 Indices = npt.NDArray[np.intp]
 Attempt = Callable[[Indices], BoolArray]
 """Does part of a batch: takes positions in it, returns which of them are done."""
-
-
-@dataclass(frozen=True, slots=True)
-class ResilienceConfig:
-    """How often to ask, and when to stop asking.
-
-    Attributes:
-        max_retries: attempts after the first, for failures that may pass; never beyond the deadline.
-        backoff_s: longest wait before the first retry; it doubles with each, and is jittered down to half.
-        max_backoff_s: where the doubling ends.
-        failure_limit: failed calls in a row after which the store is left alone.
-        cooldown_s: for how long; then one call finds out.
-    """
-
-    max_retries: int = 2
-    backoff_s: float = 0.05
-    max_backoff_s: float = 1.0
-    failure_limit: int = 3
-    cooldown_s: float = 5.0
-
-    def __post_init__(self) -> None:
-        for name, smallest in (("max_retries", 0), ("failure_limit", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-                raise ConfigError(f"{name}={value!r} is not allowed; it must be an integer of at least {smallest}")
-        for name in ("backoff_s", "max_backoff_s", "cooldown_s"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ConfigError(f"{name}={value!r} is not allowed; it must be a number of seconds, 0 or more")
 
 
 @dataclass(slots=True)
