@@ -66,7 +66,8 @@ def test_any_strided_blocks_survive_the_round_trip(data):
     for tensor in tensors:
         randomise(tensor, generator)
     offset = data.draw(st.sampled_from([0, layout.block_bytes]))
-    pool = CpuPool.create(PoolLayout(4, 2 * layout.block_bytes))
+    gap = data.draw(st.sampled_from([0, 5, 64]))
+    pool = CpuPool.create(PoolLayout(4, 2 * layout.block_bytes, padding=gap))
     if copier_kind is HostCopier:
         copier = HostCopier(kv_caches, layout, pool, offset, num_threads=2)
     else:
@@ -192,6 +193,17 @@ def test_a_pool_travels_over_a_socket():
         ours.close()
         with pytest.raises(TransferError, match="closed the connection"):
             CpuPool.receive(layout, theirs)
+
+
+def test_blocks_of_a_padded_pool_are_contiguous_and_apart():
+    layout = PoolLayout(3, 60, padding=4)
+    assert (layout.block_stride, layout.pool_bytes) == (64, 192)
+    with CpuPool.create(layout) as pool:
+        blocks = pool.blocks()
+        assert blocks.shape == (3, 60)
+        assert blocks[1].flags.c_contiguous
+        assert blocks[1].ctypes.data == pool.address + 64
+        del blocks
 
 
 def test_every_permutation_of_inner_dims_is_accepted():

@@ -80,18 +80,25 @@ class PoolLayout:
 
     Attributes:
         num_blocks: blocks of the pool.
-        block_bytes: bytes of a block, all ranks: the stride from one block to the next.
+        block_bytes: bytes of a block, all ranks.
         rank_offset: where this rank's slice begins inside a block, in bytes.
+        padding: bytes between two blocks, which nobody uses.
     """
 
     num_blocks: int
     block_bytes: int
     rank_offset: int = 0
+    padding: int = 0
+
+    @property
+    def block_stride(self) -> int:
+        """Bytes from one block to the next."""
+        return self.block_bytes + self.padding
 
     @property
     def pool_bytes(self) -> int:
         """Bytes of the whole pool."""
-        return self.num_blocks * self.block_bytes
+        return self.num_blocks * self.block_stride
 
 
 def device_layout(kv_caches: Mapping[str, Any], model: ModelConfig, tokens_per_block: int) -> DeviceLayout:

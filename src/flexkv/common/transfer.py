@@ -45,16 +45,50 @@ def _unbound() -> BlockIds:
     return np.empty(0, np.int64)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockContent:
+    """What the blocks of an op hold, for the tiers that outlive the process.
+
+    Attributes:
+        hashes: uint8 `[num_blocks, digest_size]`, contiguous.
+        parents: uint8 `[num_blocks, digest_size]`, the hash of the block before; all zero for the first of a sequence.
+        namespace: who may share them; empty for everybody.
+    """
+
+    hashes: npt.NDArray[np.uint8]
+    parents: npt.NDArray[np.uint8]
+    namespace: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.hashes.dtype == self.parents.dtype == np.uint8
+        assert self.hashes.ndim == 2
+        assert self.hashes.shape == self.parents.shape
+
+    @classmethod
+    def of_run(
+        cls, block_hashes: npt.NDArray[np.uint8], first_block: int, num_blocks: int, namespace: tuple[str, ...] = ()
+    ) -> BlockContent:
+        """Describe blocks `[first_block, first_block + num_blocks)` of a sequence with these digests."""
+        before = np.zeros_like(block_hashes[:1]) if first_block == 0 else block_hashes[first_block - 1 : first_block]
+        hashes = block_hashes[first_block : first_block + num_blocks]
+        return cls(hashes, np.concatenate([before, hashes])[: len(hashes)], namespace)
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+
 @dataclass(slots=True, eq=False)
 class TransferOp:
     """One copy of `len(src_block_ids)` blocks; block i of the source goes to block i of the destination.
 
     Attributes:
         graph_id: the graph it belongs to; filled by `TransferOpGraph.add_op`.
-        src_block_ids: int64 `[num_blocks]`, ids in the source tier; empty in a D2H op until bound.
-        dst_block_ids: int64 `[num_blocks]`, ids in the destination tier; empty in an H2D op until bound.
+        src_block_ids: int64 `[num_blocks]`, ids in the source tier; empty in D2H until bound, and in REMOTE2H.
+        dst_block_ids: int64 `[num_blocks]`, ids in the destination tier; empty in H2D until bound, and in H2REMOTE.
         layer_id: the first layer to copy.
         num_layers: how many layers, or None for all from `layer_id` on.
+        content: what the blocks hold; required by ops from and to SSD and remote, block by block as the ids.
+        waits_for: ids of ops of other graphs, submitted before this one's, that must succeed before this one starts.
         predecessors: ids of ops of the same graph that must end before this one starts.
         successors: the same edges, seen from the other side.
         op_id: unique in the process.
@@ -65,6 +99,8 @@ class TransferOp:
     dst_block_ids: BlockIds = field(default_factory=_unbound)
     layer_id: int = 0
     num_layers: int | None = None
+    content: BlockContent | None = None
+    waits_for: frozenset[int] = frozenset()
     graph_id: int = 0
     predecessors: set[int] = field(default_factory=set)
     successors: set[int] = field(default_factory=set)
@@ -77,7 +113,9 @@ class TransferOp:
 
     @property
     def is_bound(self) -> bool:
-        """Whether both sides are known."""
+        """Whether both sides are known; the remote side is known by its content alone."""
+        if self.type in (TransferType.REMOTE2H, TransferType.H2REMOTE):
+            return self.content is not None and len(self.content) == self.num_blocks
         return len(self.src_block_ids) == len(self.dst_block_ids)
 
 

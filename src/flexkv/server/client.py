@@ -285,7 +285,7 @@ class KVTPClient:
 
     def _attach(self, message: msg.Registered) -> None:
         """Map the store's pool and say that ops may come."""
-        layout = PoolLayout(message.num_blocks, message.block_bytes, message.rank_offset)
+        layout = PoolLayout(message.num_blocks, message.block_bytes, message.rank_offset, message.padding)
         try:
             pool = self._receive_pool(layout)
             copier = make_copier(self._kv_caches, self._layout, pool, layout.rank_offset, self._num_copy_threads)

@@ -298,7 +298,7 @@ class DeviceEndpoint(TransferWorker):
             self.fingerprint = message.fingerprint
             logger.info("device worker registered rank=%d pid=%d", message.rank, message.pid)
         layout = self._pool.layout
-        return msg.Registered(layout.num_blocks, layout.block_bytes, message.rank * self._rank_bytes)
+        return msg.Registered(layout.num_blocks, layout.block_bytes, message.rank * self._rank_bytes, layout.padding)
 
     def _refusal(self, identity: bytes, message: msg.Register) -> str:
         if message.protocol_version != msg.PROTOCOL_VERSION:

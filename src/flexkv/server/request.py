@@ -19,7 +19,7 @@ from typing import Final
 
 import msgspec
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 HEARTBEAT_S: Final = 1.0
 """Between two Pings, and between two Registers, in seconds."""
 SILENCE_S: Final = 10.0
@@ -69,6 +69,8 @@ class Registered(Message):
     num_blocks: int
     block_bytes: int
     rank_offset: int
+    padding: int
+    """Bytes between two blocks."""
 
 
 class Refused(Message):

@@ -1,7 +1,8 @@
 """The CPU tier's pool: shared memory cut into blocks of one size.
 
-    | block 0 | block 1 | ... | block num_blocks-1 |      block = | rank 0 slice | rank 1 slice | ... |
+    | block 0 |pad| block 1 |pad| ... | block num_blocks-1 |pad|      block = | rank 0 slice | rank 1 slice | ... |
 
+The padding is there with an SSD tier only: it makes every block begin at a multiple of what direct I/O moves.
 Which block holds what is the cache layer's business; device workers copy into and out of it by block id.
 """
 
@@ -55,8 +56,9 @@ class CpuPool:
         return self._memory.address
 
     def blocks(self) -> npt.NDArray[np.uint8]:
-        """Return the pool as uint8 `[num_blocks, block_bytes]`, without a copy."""
-        return self._memory.array().reshape(self.layout.num_blocks, self.layout.block_bytes)
+        """Return the pool as uint8 `[num_blocks, block_bytes]`, without a copy; each block is contiguous."""
+        padded = self._memory.array().reshape(self.layout.num_blocks, self.layout.block_stride)
+        return padded[:, : self.layout.block_bytes]
 
     def close(self) -> None:
         """Unmap it in this process. REQUIRES: no copy is running here."""

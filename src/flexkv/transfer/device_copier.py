@@ -49,7 +49,7 @@ class HostCopier:
         pool_side = _native.PoolSide(
             base=pool.address,
             num_blocks=pool.layout.num_blocks,
-            block_stride=pool.layout.block_bytes,
+            block_stride=pool.layout.block_stride,
             offset=rank_offset,
         )
         self._transfer = _native.HostTransfer(device, pool_side, num_threads)
