@@ -85,6 +85,16 @@ def test_unbound_empty_and_repeated_graphs_are_refused():
             scheduler.add(bad)
 
 
+def test_what_builds_on_blocks_that_failed_does_not_run():
+    graph, ids = graph_of(2, [(1, 0)])
+    scheduler = TransferScheduler()
+    scheduler.add(graph)
+    scheduler.schedule([])
+    done, ready = scheduler.schedule([OpResult(ids[0], True, failed=(1,))])
+    assert (done, ready) == ([graph.graph_id], [])
+    assert [op.op_id for op in scheduler.take_abandoned()] == [ids[1]]
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_every_op_ends_once_and_in_order(data):

@@ -12,7 +12,8 @@ from flexkv.transfer.worker import OpResult
 class TransferScheduler:
     """Orders the ops of the graphs it was given: an op is ready when all its predecessors have succeeded.
 
-    Ops below a failed one, and those of a graph given up that were not handed out yet, never run: they are abandoned.
+    Ops below one that failed, be it for some of its blocks only, and those of a graph given up that were not handed out
+    yet, never run: they are abandoned.
     A graph is done when every op of it has ended, one way or the other.
     """
 
@@ -52,7 +53,7 @@ class TransferScheduler:
         for result in finished:
             graph_id = self._graph_of_op[result.op_id]
             touched[graph_id] = None
-            candidates.extend(self._end(result.op_id, result.ok))
+            candidates.extend(self._end(result.op_id, result.is_complete))
         next_ops: list[TransferOp] = []
         while candidates:
             op = candidates.pop(0)
