@@ -2,6 +2,9 @@
 
     caller's thread --plan/launch/cancel/wait--> KVTaskEngine <--ends of ops and graphs-- transfer thread
 
+A get may begin a load from a lower tier, which runs at once and belongs to no task: it goes on when the get is cancelled,
+and serves others that come meanwhile.
+
 One lock guards the cache engine and the tasks; it is never held while bytes move or anybody waits.
 """
 
@@ -18,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from flexkv.cache.global_cache_engine import CachePlan, CacheStats, GlobalCacheEngine
+from flexkv.cache.global_cache_engine import CacheLoad, CachePlan, CacheStats, GlobalCacheEngine
 from flexkv.common.block import SequenceMeta
 from flexkv.common.request import KVResponse, ResponseStatus, TaskState, next_state
 from flexkv.errors import InvalidRequestError, TransferError
@@ -83,6 +86,7 @@ class KVTaskEngine:
         self._changed = threading.Condition()
         # Protected by _changed:
         self._alive: dict[int, _Task] = {}
+        self._loads: dict[int, CacheLoad] = {}  # those that run, by ids that no task has
         self._finished: dict[int, _Task] = {}
 
     def start(self) -> None:
@@ -95,7 +99,10 @@ class KVTaskEngine:
         with self._changed:
             if not self._accepts():
                 return self._unplanned("get", first_block)
-            return self._add(self._cache.plan_get(sequence, first_block))
+            plan = self._cache.plan_get(sequence, first_block)
+            for load in self._cache.take_loads():
+                self._begin(load)
+            return self._add(plan)
 
     def plan_put(self, sequence: SequenceMeta, first_block: int) -> tuple[int, CachePlan | None]:
         """Make a task that stores what is missing from `first_block` on; None when that is nothing, or has no room."""
@@ -125,16 +132,9 @@ class KVTaskEngine:
                 return
             if task.state is not TaskState.UNREADY:
                 raise InvalidRequestError(f"task {task_id} was launched before")
-            graph = task.plan.graph
-            assert graph is not None
-            graph.bind_device_blocks(device_blocks)
-            task.state = next_state(task.state, TaskState.READY)
-            try:
-                self._transfer.submit(graph, task_id)
-            except TransferError as error:
-                self._end(task, TaskState.FAILED, str(error))
-                return
-            task.state = next_state(task.state, TaskState.RUNNING)
+            assert task.plan.graph is not None
+            task.plan.graph.bind_device_blocks(device_blocks)
+            self._run(task)
 
     def cancel(self, task_ids: Iterable[int]) -> None:
         """Cancel tasks, but not finished ones; what a running one holds is freed once its copies have ended."""
@@ -170,7 +170,7 @@ class KVTaskEngine:
         return {task_id: response for task_id, response in responses.items() if response.status not in pending}
 
     def reset(self) -> bool:
-        """Forget every block; False, changing nothing, while any task is alive."""
+        """Forget every block; False, changing nothing, while any task or load is alive."""
         with self._changed:
             return not self._alive and self._cache.reset()
 
@@ -195,29 +195,44 @@ class KVTaskEngine:
 
     def close(self, timeout_s: float) -> None:
         """Cancel every task, wait for running copies, and stop the data plane. Idempotent."""
+        deadline = time.monotonic() + timeout_s
         with self._changed:
             task_ids = list(self._alive)
+            for load in self._loads.values():
+                self._transfer.cancel(load.graph.graph_id)
         self.cancel(task_ids)
         self.wait(task_ids, timeout_s, completely=True)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._loads, max(0.0, deadline - time.monotonic()))
         self._transfer.close()
 
     # -- the transfer thread ---------------------------------------------------------------------------------------
     def on_op_finished(self, task_id: int, result: OpResult) -> None:
         """An op of a task ended: its blocks become ready, or are dropped."""
         with self._changed:
+            if (load := self._loads.pop(task_id, None)) is not None:
+                self._cache.load_finished(load, result.ok, result.failed, result.bad)
+                self._changed.notify_all()
+                return
             task = self._alive[task_id]
-            if not result.ok:
+            # What a lower tier does not take is no failure of a task whose data is safe.
+            if not result.ok and result.op_id in task.plan.caller_op_ids:
                 task.error = task.error or result.error or "copy failed"
             # An op that never began leaves what it would have read; releasing the plan rolls back the rest.
             if result.ok or result.is_data_bad:
-                self._cache.op_finished(task.plan, result.op_id, result.ok)
+                self._cache.op_finished(task.plan, result.op_id, result.ok, result.failed)
             task.caller_ops.discard(result.op_id)
             self._changed.notify_all()
 
     def on_graph_finished(self, task_id: int) -> None:
         """Nothing of a task runs any more."""
         with self._changed:
-            task = self._alive[task_id]
+            if (load := self._loads.pop(task_id, None)) is not None:
+                self._cache.load_finished(load, ok=False)
+            task = self._alive.get(task_id)
+            if task is None:  # a load's
+                self._changed.notify_all()
+                return
             if task.caller_ops:
                 task.error = task.error or "the transfer engine stopped"
             self._end(task, TaskState.FAILED if task.error else TaskState.COMPLETED, task.error)
@@ -232,7 +247,33 @@ class KVTaskEngine:
         if plan.graph is None:
             self._end(task, TaskState.COMPLETED)
             return task.task_id, None
+        if plan.num_blocks == 0:  # copies between tiers, which need nothing of the caller
+            self._run(task)
+            return task.task_id, None
         return task.task_id, plan
+
+    def _begin(self, load: CacheLoad) -> None:
+        load_id = next(self._task_ids)
+        self._loads[load_id] = load
+        try:
+            self._transfer.submit(load.graph, load_id)
+        except TransferError:
+            logger.warning("a load was not begun: the transfer engine has stopped")
+            del self._loads[load_id]
+            self._cache.load_finished(load, ok=False)
+
+    def _run(self, task: _Task) -> None:
+        assert task.plan.graph is not None
+        task.state = next_state(task.state, TaskState.READY)
+        if self._cache.is_broken(task.plan):
+            self._end(task, TaskState.FAILED, "blocks of a lower tier could not be read")
+            return
+        try:
+            self._transfer.submit(task.plan.graph, task.task_id)
+        except TransferError as error:
+            self._end(task, TaskState.FAILED, str(error))
+            return
+        task.state = next_state(task.state, TaskState.RUNNING)
 
     def _unplanned(self, kind: Any, first_block: int) -> tuple[int, CachePlan | None]:
         return self._add(CachePlan(0, kind, None, first_block, 0))

@@ -236,7 +236,7 @@ def test_children_are_announced_after_their_parents() -> None:
 
 def test_events_nobody_takes_are_bounded() -> None:
     engine = make(4)
-    engine._events._events = type(engine._events._events)(maxlen=3)
+    engine._cpu.events._events = type(engine._cpu.events._events)(maxlen=3)
     for start in range(0, 1000, 100):
         put(engine, sequence(4, start=start))
     assert len(engine.take_events()) == 3

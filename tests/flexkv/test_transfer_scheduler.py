@@ -55,6 +55,56 @@ def test_what_depends_on_a_failed_op_never_runs():
     assert scheduler.schedule([OpResult(ids[3], True)])[0] == [graph.graph_id], "the rest of the graph goes on"
 
 
+def waiting_graph(*awaited: int) -> TransferOpGraph:
+    graph = TransferOpGraph()
+    graph.add_op(TransferOp(TransferType.H2D, np.array([0]), np.array([0]), waits_for=frozenset(awaited)))
+    return graph
+
+
+def test_an_op_waits_for_ops_of_other_graphs():
+    load, load_ids = graph_of(2, [])
+    scheduler = TransferScheduler()
+    scheduler.add(load)
+    get = waiting_graph(*load_ids)
+    scheduler.add(get)
+    done, ready = scheduler.schedule([])
+    assert (done, names(ready, load_ids)) == ([], [0, 1])
+    assert scheduler.schedule([OpResult(load_ids[0], True)]) == ([], [])
+    done, ready = scheduler.schedule([OpResult(load_ids[1], True)])
+    assert (done, [o.op_id for o in ready]) == ([load.graph_id], list(get.ops))
+    late = waiting_graph(*load_ids)
+    scheduler.add(late)
+    assert [o.op_id for o in scheduler.schedule([])[1]] == list(late.ops), "what ended before has succeeded"
+
+
+@pytest.mark.parametrize("result", [{"ok": False}, {"ok": True, "failed": (3,)}])
+def test_an_op_that_waits_for_a_failed_one_never_runs(result):
+    load, (load_id,) = graph_of(1, [])
+    get = waiting_graph(load_id)
+    scheduler = TransferScheduler()
+    scheduler.add(load)
+    scheduler.add(get)
+    scheduler.schedule([])
+    assert scheduler.schedule([OpResult(load_id, **result)]) == ([load.graph_id, get.graph_id], [])
+    late = waiting_graph(load_id)
+    scheduler.add(late)
+    assert scheduler.schedule([]) == ([late.graph_id], [])
+    assert {o.graph_id for o in scheduler.take_abandoned()} == {get.graph_id, late.graph_id}
+
+
+def test_a_waiting_graph_can_be_given_up():
+    load, (load_id,) = graph_of(1, [])
+    get = waiting_graph(load_id)
+    scheduler = TransferScheduler()
+    scheduler.add(load)
+    scheduler.add(get)
+    scheduler.schedule([])
+    scheduler.give_up(get.graph_id)
+    assert scheduler.schedule([]) == ([get.graph_id], [])
+    assert scheduler.schedule([OpResult(load_id, True)]) == ([load.graph_id], [])
+    assert scheduler.num_graphs == 0
+
+
 def test_virtual_ops_join_without_running():
     graph, ids = graph_of(3, [(1, 0), (2, 1)], {1: TransferType.VIRTUAL}.items())
     scheduler = TransferScheduler()

@@ -1,30 +1,31 @@
 """Decides, for one request, what every tier serves and stores, and which copies that takes.
 
-The life of a plan, and of the blocks it inserts:
+The life of a plan, and of the blocks it inserts (tier.py):
 
-    plan_get / plan_put   the path is locked; new blocks are in the index, unready
-    op_finished(ok)       they are ready, and announced once everything above them is ready too
-    op_finished(not ok)   they and everything below leave the index; so do the blocks a failed load was reading,
-                          which must not be promised again
-    release               the path is unlocked; what left the index is free once nobody else locks it
+    plan_get / plan_put   paths are locked; new blocks are in the indexes, unready
+    op_finished           what the op filled becomes ready, or leaves the index; so do blocks that were found bad
+    release               paths are unlocked; what left an index is free once nobody else locks it
 
-A plan that is released before its ops ran leaves the index as if it had never been made.
+A plan that is released before its ops ran leaves the indexes as if it had never been made.
+
+A load brings blocks from a lower tier into the CPU tier. It has a life of its own: it begins when a get finds blocks that
+only the lower tier has, serves every get that comes meanwhile, and what it brought stays when they are cancelled.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Literal
 
-from flexkv.cache.cache_engine import CacheEngine
-from flexkv.cache.cache_events import CacheEventLog
-from flexkv.cache.transfer_pattern import DeviceTransfer, get_from_cpu, put_to_cpu
+from flexkv.cache.tier import BlockSpan, Hold, Tier
+from flexkv.cache.transfer_pattern import add_get, add_put, add_store_on_ssd, load_from_ssd
 from flexkv.common.block import SequenceMeta
 from flexkv.common.config import CacheConfig
-from flexkv.common.transfer import TransferOpGraph
+from flexkv.common.transfer import BlockContent, TransferOp, TransferOpGraph
 from flexkv.errors import CacheStateError, InvalidRequestError
-from kvblocks.events import MEDIUM_CPU, BlockRemoved, BlockStored
+from kvblocks.events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved, BlockStored
 
 PlanKind = Literal["get", "put"]
 
@@ -46,15 +47,25 @@ class CachePlan:
     caller_op_ids: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class CacheLoad:
+    """A copy into the CPU tier that is to run at once: a graph of one op."""
+
+    graph: TransferOpGraph
+    op_id: int
+
+
 @dataclass(slots=True)
 class CacheStats:
-    """A snapshot: counters since the start, in blocks unless named otherwise, and the present sizes of the CPU tier."""
+    """A snapshot: counters since the start, in blocks unless named otherwise, and the present sizes of the tiers."""
 
     num_gets: int = 0
     num_puts: int = 0
     num_queried: int = 0
     """Blocks that gets asked for beyond those the device had."""
     num_hit: int = 0
+    num_loaded: int = 0
+    """Of these, blocks that came, or are on their way, from a lower tier."""
     num_stored: int = 0
     num_evicted: int = 0
     num_failed: int = 0
@@ -66,173 +77,260 @@ class CacheStats:
     num_free_blocks: int = 0
     num_cached_blocks: int = 0
     num_in_flight_blocks: int = 0
+    num_ssd_stored: int = 0
+    num_ssd_evicted: int = 0
+    num_ssd_failed: int = 0
+    num_ssd_total_blocks: int = 0
+    num_ssd_cached_blocks: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _BlockSpan:
-    """What an op reads or fills: the last `num_blocks` of the path to `handle`."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fill:
+    """What an op fills: `span` of a tier, held by `hold`."""
 
-    handle: int
-    first_block: int
-    num_blocks: int
+    tier: Tier
+    hold: Hold
+    span: BlockSpan
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _OpenPlan:
     """What a plan holds until it is released."""
 
-    plan: CachePlan
-    sequence: SequenceMeta
-    lock: int
-    spans: dict[int, _BlockSpan]
-    """By id, the ops that have not ended."""
-    unannounced: list[_BlockSpan] = field(default_factory=list)
-    """Ready, but below blocks that are not; locked until they are announced or gone."""
-    is_released: bool = False
+    holds: list[tuple[Tier, Hold]]
+    fills: dict[int, _Fill | None]
+    """By id, the ops that have not ended; None for those that only read the CPU tier."""
+    loads: set[int] = field(default_factory=set)
+    """Ops of loads that bring what it reads, and have not ended."""
+    first_block: int = 0
+    is_broken: bool = False
+    """A load that it waits for has failed."""
+
+
+@dataclass(slots=True, eq=False)
+class _OpenLoad:
+    cpu: Hold
+    span: BlockSpan
+    source_tier: Tier
+    source: Hold
 
 
 class GlobalCacheEngine:
     """The control plane over all tiers. Not thread-safe; never blocks, does no I/O."""
 
-    def __init__(self, cache_config: CacheConfig, num_cpu_blocks: int, hash_digest_size: int = 32) -> None:
-        """Make an empty index over `num_cpu_blocks` blocks of host memory.
+    def __init__(
+        self, cache_config: CacheConfig, num_cpu_blocks: int, hash_digest_size: int = 32, num_ssd_blocks: int = 0
+    ) -> None:
+        """Make empty indexes over these blocks of host memory and slots of the SSD tier (0: there is none).
 
         Raises:
             ConfigError: the digest size or the eviction policy is not supported.
         """
         self._tokens_per_block = cache_config.tokens_per_block
         self._digest_size = hash_digest_size
-        self._cpu = CacheEngine(num_cpu_blocks, hash_digest_size, cache_config.eviction)
+        eviction = cache_config.eviction
+        self._cpu = Tier(num_cpu_blocks, hash_digest_size, eviction, MEDIUM_CPU)
+        self.ssd = Tier(num_ssd_blocks, hash_digest_size, eviction, MEDIUM_STORAGE) if num_ssd_blocks else None
         self._plan_ids = itertools.count(1)
         self._open: dict[int, _OpenPlan] = {}
-        self._unannounced: dict[int, _OpenPlan] = {}
-        self._events = CacheEventLog(MEDIUM_CPU)
+        self._loads: dict[int, _OpenLoad] = {}
+        self._loading: dict[bytes, int] = {}
+        """Digest of each block of the CPU tier that a load is bringing -> the load's op."""
+        self._new_loads: list[CacheLoad] = []
         self._stats = CacheStats()
 
     def plan_get(self, sequence: SequenceMeta, first_block: int = 0) -> CachePlan:
         """Plan to load the longest prefix that can be served, from `first_block` on, and lock it.
 
+        Loads that this begins are given out by `take_loads`.
+
         Raises:
             InvalidRequestError: the sequence was hashed for another cache, or `first_block` lies outside it.
         """
         self._check(sequence, first_block)
-        lock, num_ready = self._cpu.lock_prefix(sequence.block_hashes, ready_only=True)
-        num_hit = max(0, num_ready - first_block)
         self._stats.num_gets += 1
         self._stats.num_queried += sequence.num_blocks - first_block
+        if self.ssd is not None:
+            self._begin_load(sequence, self.ssd)
+        hold, num_ready = self._hold_servable(sequence)
+        num_hit = max(0, hold.num_blocks - first_block)
         self._stats.num_hit += num_hit
         if num_hit == 0:
-            self._cpu.unlock(lock)
+            self._cpu.release(hold)
             return self._empty_plan("get", first_block)
-        transfer = get_from_cpu(self._cpu.block_ids(lock, first_block, num_hit))
-        return self._open_plan("get", sequence, transfer, _BlockSpan(lock, first_block, num_hit))
+        graph = TransferOpGraph()
+        here = max(first_block, num_ready)
+        ops = [add_get(graph, self._cpu.block_ids(hold, first_block, here - first_block))] if here > first_block else []
+        loads: frozenset[int] = frozenset()
+        if hold.num_blocks > here:
+            self._stats.num_loaded += hold.num_blocks - here
+            loads = frozenset(self._loads_of(sequence, here, hold.num_blocks))
+            ops.append(add_get(graph, self._cpu.block_ids(hold, here, hold.num_blocks - here), loads))
+        held = _OpenPlan([(self._cpu, hold)], {op.op_id: None for op in ops}, set(loads), first_block)
+        return self._open_plan("get", graph, first_block, num_hit, ops, held)
 
     def plan_put(self, sequence: SequenceMeta, first_block: int = 0) -> CachePlan:
-        """Plan to store what the CPU tier lacks of a sequence whose blocks from `first_block` on the caller has.
+        """Plan to store what the tiers lack of a sequence whose blocks from `first_block` on the caller has.
 
-        The plan starts at the first missing block, and covers what there is room for. It is empty when that block comes
-        before `first_block`: a prefix has no holes. What another plan is storing already is not missing.
+        The plan starts at the first block that the CPU tier misses, and covers what there is room for. It covers none
+        when that block comes before `first_block`: a prefix has no holes. What another plan is storing already is not
+        missing. What the CPU tier has and the SSD tier lacks is copied there as well, for which the caller's blocks are
+        not needed.
 
         Raises:
             InvalidRequestError: the sequence was hashed for another cache, or `first_block` lies outside it.
         """
         self._check(sequence, first_block)
-        lock, num_present = self._cpu.lock_prefix(sequence.block_hashes, ready_only=False)
-        num_missing = sequence.num_blocks - num_present
         self._stats.num_puts += 1
-        inserted = None
-        if num_missing > 0 and num_present >= first_block:
-            inserted = self._cpu.insert(lock, sequence.block_hashes[num_present:])
-            self._stats.num_rejected += num_missing - (len(inserted.block_ids) if inserted else 0)
-        if inserted is None:
-            self._cpu.unlock(lock)
+        num_ready = self._cpu.match(sequence).num_ready if self.ssd is not None else 0
+        hold = self._cpu.hold(sequence, ready_only=False)
+        num_present = hold.num_blocks
+        span = None
+        if num_present < sequence.num_blocks and num_present >= first_block:
+            span = self._cpu.extend(hold, sequence.num_blocks - num_present)
+        graph = TransferOpGraph()
+        held = _OpenPlan([(self._cpu, hold)], {}, first_block=first_block)
+        put = None
+        if span is not None:
+            put = add_put(graph, self._cpu.block_ids(hold, span.first_block, span.num_blocks))
+            held.fills[put.op_id] = _Fill(self._cpu, hold, span)
+        if self.ssd is not None:
+            # What others are bringing into the CPU tier is theirs to store.
+            num_usable = hold.num_blocks if num_ready == num_present else num_ready
+            self._add_store(graph, held, self.ssd, hold, num_usable, put)
+        if not graph.ops:
+            self._cpu.release(hold)
             return self._empty_plan("put", first_block)
-        self._stats.num_evicted += len(inserted.evicted)
-        self._events.removed(inserted.evicted)
-        span = _BlockSpan(inserted.handle, num_present, len(inserted.block_ids))
-        return self._open_plan("put", sequence, put_to_cpu(inserted.block_ids), span)
+        if span is None:
+            return self._open_plan("put", graph, first_block, 0, [], held)
+        assert put is not None
+        return self._open_plan("put", graph, span.first_block, span.num_blocks, [put], held)
 
-    def op_finished(self, plan: CachePlan, op_id: int, ok: bool) -> None:
-        """Note that an op ended. Ok: what it filled becomes ready. Else: what it filled or read leaves the index.
+    def take_loads(self) -> list[CacheLoad]:
+        """Return the loads begun since the last call; each is to be run, and its end told to `load_finished`."""
+        loads, self._new_loads = self._new_loads, []
+        return loads
 
-        An op that never began did not fail: release its plan instead.
+    def load_finished(self, load: CacheLoad, ok: bool, failed: Iterable[int] = (), bad: Iterable[int] = ()) -> None:
+        """Note that a load ended: blocks up to the first of `failed` have arrived, none if it is not ok.
+
+        The lower tier drops the blocks from the first of `bad` on. Plans that wait for blocks which have not arrived are
+        broken from now on.
+
+        Raises:
+            CacheStateError: the load has ended before.
+        """
+        opened = self._loads.pop(load.op_id, None)
+        if opened is None:
+            raise CacheStateError(f"load {load.op_id} ended twice")
+        span = opened.span
+        for digest in opened.cpu.sequence.block_hashes[span.first_block : span.first_block + span.num_blocks]:
+            del self._loading[digest.tobytes()]
+        num_arrived = min(failed, default=span.num_blocks) if ok else 0
+        first_bad = min(bad, default=None)
+        if first_bad is not None:
+            opened.source_tier.drop(opened.source, span.first_block + first_bad)
+        self._cpu.filled(opened.cpu, span, num_arrived)
+        for held in self._open.values():
+            if load.op_id in held.loads:
+                held.loads.discard(load.op_id)
+                held.is_broken |= num_arrived < span.num_blocks
+        opened.source_tier.release(opened.source)
+        self._cpu.release(opened.cpu)
+
+    def is_broken(self, plan: CachePlan) -> bool:
+        """Whether a plan waits for blocks that will never come, so that it must not run."""
+        held = self._open.get(plan.plan_id)
+        return held is not None and held.is_broken
+
+    def op_finished(self, plan: CachePlan, op_id: int, ok: bool, failed: Iterable[int] = ()) -> None:
+        """Note that an op ended. Ok: what it filled becomes ready, up to the first of `failed`; the rest leaves the index.
+
+        Not ok: all that it filled or read leaves. An op that never began did not fail: release its plan instead.
 
         Raises:
             CacheStateError: the plan is released, or has no such op that has not ended.
         """
         held = self._open.get(plan.plan_id)
-        if held is None or held.is_released:
+        if held is None:
             raise CacheStateError(f"op {op_id} ended after plan {plan.plan_id} was released")
-        span = held.spans.pop(op_id, None)
-        if span is None:
+        if op_id not in held.fills:
             raise CacheStateError(f"plan {plan.plan_id} has no op {op_id} that has not ended")
-        if not ok:
-            self._remove(span)
-        elif plan.kind == "put":
-            self._cpu.set_ready(span.handle, span.num_blocks)
-            held.unannounced.append(span)
-            self._unannounced[plan.plan_id] = held
-        self._announce()
+        fill = held.fills.pop(op_id)
+        if fill is not None:
+            fill.tier.filled(fill.hold, fill.span, min(failed, default=fill.span.num_blocks) if ok else 0)
+        elif not ok:
+            tier, hold = held.holds[0]
+            tier.drop(hold, held.first_block)
 
     def release(self, plan: CachePlan) -> None:
         """Give up what a plan holds, once all its ops ended or instead of running them; later calls do nothing."""
-        held = self._open.get(plan.plan_id)
-        if held is None or held.is_released:
-            return
-        held.is_released = True
-        if plan.kind == "put":
-            for span in held.spans.values():
-                self._remove(span)
-        self._unlock_if_done(held)
-        self._announce()
+        held = self._open.pop(plan.plan_id, None)
+        if held is not None:
+            for tier, hold in held.holds:
+                tier.release(hold)
 
     def take_events(self) -> list[BlockStored | BlockRemoved]:
-        """Return what the tiers stored and removed since the last call, in order."""
-        return self._events.take()
+        """Return what the tiers stored and removed since the last call, in order within each."""
+        return [event for tier in self._tiers() for event in tier.take_events()]
 
     def reset(self) -> bool:
-        """Forget every block. Returns False, changing nothing, while any plan is open."""
-        if self._open:
+        """Forget every block. Returns False, changing nothing, while any plan or load is open."""
+        if not all(tier.is_idle for tier in self._tiers()):
             return False
-        evicted = self._cpu.evict(self._cpu.num_blocks)
-        self._stats.num_evicted += len(evicted)
-        self._events.removed(evicted)
+        for tier in self._tiers():
+            tier.clear()
         return True
 
     @property
     def num_cached_blocks(self) -> int:
         """Number of blocks of the CPU tier that are in the index and ready."""
-        return self._cpu.counts().num_ready_blocks
+        return self._cpu.num_ready_blocks
 
     def stats(self) -> CacheStats:
         """Return the counters and sizes at this moment."""
-        num_free, num_cached = self._cpu.num_free, self.num_cached_blocks
-        return replace(
-            self._stats,
-            num_events_dropped=self._events.num_dropped,
-            num_total_blocks=self._cpu.num_blocks,
-            num_free_blocks=num_free,
-            num_cached_blocks=num_cached,
-            num_in_flight_blocks=self._cpu.num_blocks - num_free - num_cached,
+        cpu, engine = self._cpu.stats, self._cpu.engine
+        stats = CacheStats(
+            num_gets=self._stats.num_gets,
+            num_puts=self._stats.num_puts,
+            num_queried=self._stats.num_queried,
+            num_hit=self._stats.num_hit,
+            num_loaded=self._stats.num_loaded,
+            num_stored=cpu.num_stored,
+            num_evicted=cpu.num_evicted,
+            num_failed=cpu.num_failed,
+            num_rejected=cpu.num_rejected,
+            num_events_dropped=sum(tier.events.num_dropped for tier in self._tiers()),
+            num_total_blocks=engine.num_blocks,
+            num_free_blocks=engine.num_free,
+            num_cached_blocks=self._cpu.num_ready_blocks,
+            num_in_flight_blocks=self._cpu.num_in_flight_blocks,
         )
+        if self.ssd is not None:
+            stats.num_ssd_stored = self.ssd.stats.num_stored
+            stats.num_ssd_evicted = self.ssd.stats.num_evicted
+            stats.num_ssd_failed = self.ssd.stats.num_failed
+            stats.num_ssd_total_blocks = self.ssd.engine.num_blocks
+            stats.num_ssd_cached_blocks = self.ssd.num_ready_blocks
+        return stats
 
     def memory_bytes(self) -> int:
         """Memory that the indexes take, in bytes."""
-        return self._cpu.memory_bytes()
+        return sum(tier.engine.memory_bytes() for tier in self._tiers())
 
     def check_integrity(self) -> None:
-        """Check every invariant of the tiers, and that plans hold all the locks there are. Visits every block.
+        """Check every invariant of the tiers, and that plans and loads hold all that is held. Visits every block.
 
         Raises:
             CacheStateError: one is broken; the message names it.
         """
-        self._cpu.check_integrity()
-        num_locks = self._cpu.counts().num_locks
-        if num_locks != len(self._open):
-            raise CacheStateError(f"{len(self._open)} open plans hold {num_locks} locks")
-        in_flight = self.stats().num_in_flight_blocks
-        if not self._open and in_flight:
-            raise CacheStateError(f"{in_flight} blocks are in flight though no plan is open")
+        for tier in self._tiers():
+            tier.check_integrity()
+        if len(self._loading) != sum(load.span.num_blocks for load in self._loads.values()):
+            raise CacheStateError("blocks are marked as loading that no load brings")
+
+    def _tiers(self) -> list[Tier]:
+        return [self._cpu] if self.ssd is None else [self._cpu, self.ssd]
 
     def _check(self, sequence: SequenceMeta, first_block: int) -> None:
         digest_size = sequence.block_hashes.shape[1]
@@ -246,47 +344,88 @@ class GlobalCacheEngine:
                 f"first_block={first_block} lies outside the {sequence.num_blocks} full blocks of the sequence"
             )
 
+    # -- loads -----------------------------------------------------------------------------------------------------
+    def _begin_load(self, sequence: SequenceMeta, source_tier: Tier) -> None:
+        """Bring what a lower tier has beyond the CPU tier's prefix, as far as there is room."""
+        # A use of the blocks there even if the CPU tier has them: what is wanted shall stay in both.
+        source = source_tier.hold(sequence, ready_only=True)
+        present, ready = self._cpu.match(sequence)
+        # Blocks that a put is bringing cannot be loaded as well; soon they will be there.
+        if source.num_blocks > present and self._num_loading(sequence, ready, present) == present - ready:
+            cpu = self._cpu.hold(sequence, present, ready_only=False)
+            span = self._cpu.extend(cpu, source.num_blocks - present)
+            if span is not None:
+                self._open_load(sequence, source_tier, source, cpu, span)
+                return
+            self._cpu.release(cpu)
+        source_tier.release(source)
+
+    def _open_load(self, sequence: SequenceMeta, source_tier: Tier, source: Hold, cpu: Hold, span: BlockSpan) -> None:
+        first, count = span.first_block, span.num_blocks
+        content = BlockContent.of_run(sequence.block_hashes, first, count, sequence.namespace)
+        slots = source_tier.block_ids(source, first, count)
+        graph = load_from_ssd(slots, self._cpu.block_ids(cpu, first, count), content)
+        (op_id,) = graph.ops
+        self._loads[op_id] = _OpenLoad(cpu, span, source_tier, source)
+        for digest in sequence.block_hashes[first : first + count]:
+            self._loading[digest.tobytes()] = op_id
+        self._new_loads.append(CacheLoad(graph, op_id))
+
+    def _num_loading(self, sequence: SequenceMeta, first_block: int, end: int) -> int:
+        """How many blocks from `first_block` on, without a gap, loads are bringing."""
+        for i in range(first_block, end):
+            if sequence.block_hashes[i].tobytes() not in self._loading:
+                return i - first_block
+        return end - first_block
+
+    def _loads_of(self, sequence: SequenceMeta, first_block: int, end: int) -> set[int]:
+        return {self._loading[digest.tobytes()] for digest in sequence.block_hashes[first_block:end]}
+
+    def _hold_servable(self, sequence: SequenceMeta) -> tuple[Hold, int]:
+        """Lock what is ready or being loaded; returns how much is ready, too."""
+        if not self._loading:
+            hold = self._cpu.hold(sequence, ready_only=True)
+            return hold, hold.num_blocks
+        present, ready = self._cpu.match(sequence)
+        num_blocks = ready + self._num_loading(sequence, ready, present)
+        return self._cpu.hold(sequence, num_blocks, ready_only=False), ready
+
+    # -- plans -----------------------------------------------------------------------------------------------------
+    def _add_store(
+        self,
+        graph: TransferOpGraph,
+        held: _OpenPlan,
+        ssd: Tier,
+        cpu: Hold,
+        num_usable: int,
+        put: TransferOp | None,
+    ) -> None:
+        """Copy to the SSD tier what it lacks of the first `num_usable` blocks of a held path of the CPU tier."""
+        hold = ssd.hold(cpu.sequence, ready_only=False)
+        first = hold.num_blocks
+        span = ssd.extend(hold, num_usable - first) if first < num_usable else None
+        if span is None:
+            ssd.release(hold)
+            return
+        content = BlockContent.of_run(cpu.sequence.block_hashes, first, span.num_blocks, cpu.sequence.namespace)
+        cpu_ids = self._cpu.block_ids(cpu, first, span.num_blocks)
+        op = add_store_on_ssd(graph, cpu_ids, ssd.block_ids(hold, first, span.num_blocks), content, put)
+        held.holds.append((ssd, hold))
+        held.fills[op.op_id] = _Fill(ssd, hold, span)
+
     def _empty_plan(self, kind: PlanKind, first_block: int) -> CachePlan:
         return CachePlan(next(self._plan_ids), kind, None, first_block, 0)
 
     def _open_plan(
-        self, kind: PlanKind, sequence: SequenceMeta, transfer: DeviceTransfer, span: _BlockSpan
+        self,
+        kind: PlanKind,
+        graph: TransferOpGraph,
+        first_block: int,
+        num_blocks: int,
+        caller_ops: list[TransferOp],
+        held: _OpenPlan,
     ) -> CachePlan:
-        op_id = transfer.device_op.op_id
-        plan = CachePlan(
-            next(self._plan_ids), kind, transfer.graph, span.first_block, span.num_blocks, frozenset((op_id,))
-        )
-        self._open[plan.plan_id] = _OpenPlan(plan, sequence, span.handle, {op_id: span})
+        caller_op_ids = frozenset(op.op_id for op in caller_ops)
+        plan = CachePlan(next(self._plan_ids), kind, graph, first_block, num_blocks, caller_op_ids)
+        self._open[plan.plan_id] = held
         return plan
-
-    def _remove(self, span: _BlockSpan) -> None:
-        # Blocks of other plans may have come below; theirs leave too, since nothing reaches them any more.
-        self._events.removed(self._cpu.remove(span.handle, span.num_blocks))
-        self._stats.num_failed += span.num_blocks
-
-    def _announce(self) -> None:
-        """Announce the ready blocks that everything above is ready for, parents first; drop those that are gone."""
-        waiting = [(span, held) for held in self._unannounced.values() for span in held.unannounced]
-        for span, held in sorted(waiting, key=lambda item: item[0].first_block):
-            if not self._settle(held.sequence, span):
-                continue
-            held.unannounced.remove(span)
-            if not held.unannounced:
-                del self._unannounced[held.plan.plan_id]
-                self._unlock_if_done(held)
-
-    def _settle(self, sequence: SequenceMeta, span: _BlockSpan) -> bool:
-        """Announce blocks that can be served, or drop those that left the index; False while neither holds."""
-        if not self._cpu.is_attached(span.handle):
-            self._stats.num_failed += span.num_blocks
-            return True
-        if not self._cpu.is_servable(span.handle):
-            return False
-        self._events.stored(sequence, span.first_block, span.num_blocks)
-        self._stats.num_stored += span.num_blocks
-        return True
-
-    def _unlock_if_done(self, held: _OpenPlan) -> None:
-        if held.is_released and not held.unannounced:
-            del self._open[held.plan.plan_id]
-            self._cpu.unlock(held.lock)

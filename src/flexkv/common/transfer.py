@@ -114,8 +114,8 @@ class TransferOp:
     @property
     def is_bound(self) -> bool:
         """Whether both sides are known; the remote side is known by its content alone."""
-        if self.type in (TransferType.REMOTE2H, TransferType.H2REMOTE):
-            return self.content is not None and len(self.content) == self.num_blocks
+        if self.content is not None and self.type in (TransferType.REMOTE2H, TransferType.H2REMOTE):
+            return len(self.content) == self.num_blocks
         return len(self.src_block_ids) == len(self.dst_block_ids)
 
 
