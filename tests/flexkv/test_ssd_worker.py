@@ -203,6 +203,16 @@ def test_cancelling_drops_what_has_not_begun(bench):
     bench.worker.cancel(kept.op_id)  # over already
 
 
+def test_a_queue_that_is_full_refuses(bench, monkeypatch):
+    monkeypatch.setattr("flexkv.transfer.lane._MOST_QUEUED", 2)
+    assert bench.store([1]).is_complete
+    gate = bench.hold(TransferType.DISK2H)
+    op_ids = [bench.submit(bench.load_op([1], [1], [block])) for block in range(3)]
+    assert "2 ops wait" in bench.wait(op_ids[2]).error
+    gate.set()
+    assert all(bench.wait(op_id).is_complete for op_id in op_ids[:2])
+
+
 def test_forgetting_outlives_a_restart(cache):
     with open_bench(cache) as bench:
         assert bench.store([1, 2, 3]).is_complete

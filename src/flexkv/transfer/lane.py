@@ -3,8 +3,8 @@
     submit --> queue --batch--> thread --carry_out--> results --report-->
                   `- cancelled, too late, or closed: reported as failed, never begun
 
-The rows of a worker's lanes and threads are its own; what is promised here holds for all: ops begin in the order in
-which they came, and what `call` was given runs before every op that was submitted after it.
+Ops begin in the order in which they came. In a lane of one thread, what `call` was given runs before every op that is
+submitted after it.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class SsdWorker(TransferWorker):
             ConfigError: the disk, or the backend asked for, cannot be used.
         """
         self._tier = tier
-        self._num_pool_blocks = pool.layout.num_blocks
+        self._pool = pool
         self._op_timeout_s = op_timeout_s
         self._reader, self._writer = _Disk(tier, pool), _Disk(tier, pool)
         for reason in self._reader.transfer.fallbacks:
@@ -158,7 +158,7 @@ class SsdWorker(TransferWorker):
         lane = self._lanes[op.type]
         is_load = op.type is TransferType.DISK2H
         slots, blocks = (op.src_block_ids, op.dst_block_ids) if is_load else (op.dst_block_ids, op.src_block_ids)
-        sides = (("slot", slots, self._tier.num_slots), ("pool block", blocks, self._num_pool_blocks))
+        sides = (("slot", slots, self._tier.num_slots), ("pool block", blocks, self._pool.layout.num_blocks))
         if problem := problem_of(op, HASH_BYTES, sides):
             lane.refuse(op.op_id, problem)
         else:
@@ -185,6 +185,8 @@ class SsdWorker(TransferWorker):
         for lane, disk in zip(self._lanes.values(), (self._reader, self._writer), strict=True):
             if lane.close():
                 disk.release()
+            else:
+                _lost_pools.append(self._pool.blocks())
 
     # -- the reading thread ----------------------------------------------------------------------------------------
     def _read(self, batch: Sequence[QueuedOp]) -> list[OpResult]:
