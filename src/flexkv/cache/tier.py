@@ -199,7 +199,8 @@ class Tier:
         handle, num_held = self.engine.lock_prefix(hold.sequence.block_hashes[:end], ready_only=False)
         # Somebody may have stored the same content anew.
         is_same = num_held == end and np.array_equal(
-            self.engine.block_ids(handle, span.first_block, num_blocks), self.block_ids(hold, span.first_block, num_blocks)
+            self.engine.block_ids(handle, span.first_block, num_blocks),
+            self.block_ids(hold, span.first_block, num_blocks),
         )
         if is_same:
             self.engine.set_ready(handle, num_blocks)
