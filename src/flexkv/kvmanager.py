@@ -11,6 +11,7 @@ at `device_dir`. Until every rank is there, gets are misses and puts store nothi
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import tempfile
@@ -34,7 +35,9 @@ from flexkv.kvtask import KVTaskEngine
 from flexkv.server.device_endpoint import DeviceEndpoint
 from flexkv.server.runtime_dir import StoreDir, store_name
 from flexkv.storage.storage_engine import StorageEngine
+from flexkv.transfer.ssd_worker import SsdWorker
 from flexkv.transfer.transfer_manager import ThreadTransferManager
+from flexkv.transfer.worker import TransferWorker
 from kvblocks.events import BlockRemoved, BlockStored
 from kvblocks.hashing import BlockHasher
 
@@ -42,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 Mask = npt.NDArray[np.bool_]
 _SHUTDOWN_TIMEOUT_S = 5.0
+_FORGET_TIMEOUT_S = 20.0
 
 
 class KVManager:
@@ -82,22 +86,44 @@ class KVManager:
         self._lock = threading.Lock()
         self._is_started = False  # protected by _lock
         self._is_shut_down = False  # protected by _lock
+        self._resources = contextlib.ExitStack()
+        self._resources.callback(self._remove_directory)
         self._store_dir = StoreDir(root, key)
+        self._ssd_worker: SsdWorker | None = None
+        op_timeout_s = cache_config.transfer.op_timeout_s
         try:
-            self._storage = StorageEngine(model_config, cache_config)
-            pool = self._storage.cpu_pool
-            self._endpoint = DeviceEndpoint(model_config, cache_config.tokens_per_block, pool, self._store_dir.path)
+            storage = self._resources.enter_context(StorageEngine(model_config, cache_config))
+            pool = storage.cpu_pool
+            self._endpoint = DeviceEndpoint(
+                model_config, cache_config.tokens_per_block, pool, self._store_dir.path, storage.bind_layout
+            )
+            self._resources.callback(self._endpoint.close)
+            workers: dict[TransferType, TransferWorker] = dict.fromkeys(
+                (TransferType.H2D, TransferType.D2H), self._endpoint
+            )
+            if storage.ssd is not None:
+                self._ssd_worker = SsdWorker(storage.ssd, pool, op_timeout_s)
+                self._resources.callback(self._ssd_worker.close)
+                workers |= dict.fromkeys((TransferType.DISK2H, TransferType.H2DISK), self._ssd_worker)
+            cache = self._make_cache_engine(storage)
         except FlexKVError:
-            self._remove_directory()
+            self._resources.close()
             raise
-        num_blocks = pool.layout.num_blocks
-        workers = {TransferType.H2D: self._endpoint, TransferType.D2H: self._endpoint}
-        self._tasks = KVTaskEngine(
-            GlobalCacheEngine(cache_config, num_blocks, self._hasher.digest_size),
-            ThreadTransferManager(workers, cache_config.transfer.op_timeout_s),
-            cache_config.transfer.max_tasks,
-        )
-        logger.info("store made cpu_blocks=%d block_bytes=%d", num_blocks, pool.layout.block_bytes)
+        self._tasks = KVTaskEngine(cache, ThreadTransferManager(workers, op_timeout_s), cache_config.transfer.max_tasks)
+        logger.info("store made cpu_blocks=%d block_bytes=%d", pool.layout.num_blocks, pool.layout.block_bytes)
+
+    def _make_cache_engine(self, storage: StorageEngine) -> GlobalCacheEngine:
+        """An empty index of the CPU tier, and one of the SSD tier with what an earlier process has stored there."""
+        num_blocks, digest_size = storage.cpu_pool.layout.num_blocks, self._hasher.digest_size
+        if storage.ssd is None:
+            return GlobalCacheEngine(self._cache_config, num_blocks, digest_size)
+        cache = GlobalCacheEngine(self._cache_config, num_blocks, digest_size, storage.ssd.num_slots)
+        found = storage.ssd.take_found()
+        assert cache.ssd is not None
+        blocks = found.blocks
+        cache.ssd.engine.restore((blocks.hashes[rows], blocks.slots[rows]) for rows in found.leaf_paths())
+        logger.info("SSD tier restored blocks=%d of=%d", len(blocks), storage.ssd.num_slots)
+        return cache
 
     # -- life ------------------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -129,9 +155,7 @@ class KVManager:
         try:
             self._tasks.close(_SHUTDOWN_TIMEOUT_S)
         finally:
-            self._endpoint.close()
-            self._storage.close()
-            self._remove_directory()
+            self._resources.close()
 
     def __enter__(self) -> Self:
         self.start()
@@ -226,8 +250,16 @@ class KVManager:
 
     # -- the store -------------------------------------------------------------------------------------------------
     def reset(self) -> bool:
-        """Forget every block; False, changing nothing, while tasks are alive."""
-        return self._tasks.reset()
+        """Forget every block of every tier; False, changing nothing, while tasks are alive.
+
+        Raises:
+            TransferError: the disk refused; blocks may be found again after a restart.
+        """
+        if not self._tasks.reset():
+            return False
+        if self._ssd_worker is not None and self._is_started:
+            self._ssd_worker.forget(None).result(_FORGET_TIMEOUT_S)
+        return True
 
     def take_events(self) -> list[BlockStored | BlockRemoved]:
         """Return what the tiers stored and removed since the last call."""

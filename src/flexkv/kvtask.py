@@ -2,8 +2,8 @@
 
     caller's thread --plan/launch/cancel/wait--> KVTaskEngine <--ends of ops and graphs-- transfer thread
 
-A get may begin a load from a lower tier, which runs at once and belongs to no task: it goes on when the get is cancelled,
-and serves others that come meanwhile.
+A get may begin a load from a lower tier, which runs at once and belongs to no task: it goes on when the get is
+cancelled, and serves others that come meanwhile.
 
 One lock guards the cache engine and the tasks; it is never held while bytes move or anybody waits.
 """

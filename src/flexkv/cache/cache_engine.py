@@ -5,6 +5,7 @@ Conservation law, checked by `check_integrity`: free + in the index + detached =
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +61,28 @@ class CacheEngine:
             return None
         block_ids = self._pool.allocate(count)
         return Insertion(self._tree.insert(handle, digests[:count], block_ids), block_ids, evicted)
+
+    def restore(self, sequences: Iterable[tuple[Digests, BlockIds]]) -> None:
+        """Put sequences back that an earlier process has stored, with the physical blocks they lie in.
+
+        Sequences may share their beginnings. REQUIRES: the tier is empty.
+
+        Raises:
+            CacheStateError: a block id is out of range, or given to two blocks.
+        """
+        is_used = np.zeros(self._pool.num_blocks, np.bool_)
+        every_block = self._pool.allocate(self._pool.num_blocks)
+        for digests, block_ids in sequences:
+            handle, num_present = self._tree.lock_prefix(digests, ready_only=False)
+            fresh = block_ids[num_present:]
+            if len(fresh):
+                if int(fresh.min()) < 0 or int(fresh.max()) >= len(is_used) or is_used[fresh].any():
+                    raise CacheStateError(f"blocks {fresh.tolist()} cannot be restored: out of range, or taken")
+                is_used[fresh] = True
+                handle = self._tree.insert(handle, digests[num_present:], fresh)
+                self._tree.set_ready(handle, len(fresh))
+            self._tree.unlock(handle)
+        self._pool.recycle(every_block[~is_used[every_block]])
 
     def set_ready(self, handle: int, num_blocks: int) -> bool:
         """Mark the last blocks of a path ready; returns whether they can be served now."""

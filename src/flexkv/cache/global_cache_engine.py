@@ -8,8 +8,8 @@ The life of a plan, and of the blocks it inserts (tier.py):
 
 A plan that is released before its ops ran leaves the indexes as if it had never been made.
 
-A load brings blocks from a lower tier into the CPU tier. It has a life of its own: it begins when a get finds blocks that
-only the lower tier has, serves every get that comes meanwhile, and what it brought stays when they are cancelled.
+A load brings blocks from a lower tier into the CPU tier. It has a life of its own: it begins when a get finds blocks
+that only the lower tier has, serves every get that comes meanwhile, and what it brought stays when they are cancelled.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ class GlobalCacheEngine:
     def load_finished(self, load: CacheLoad, ok: bool, failed: Iterable[int] = (), bad: Iterable[int] = ()) -> None:
         """Note that a load ended: blocks up to the first of `failed` have arrived, none if it is not ok.
 
-        The lower tier drops the blocks from the first of `bad` on. Plans that wait for blocks which have not arrived are
-        broken from now on.
+        The lower tier drops the blocks from the first of `bad` on. Plans that wait for blocks which have not arrived
+        are broken from now on.
 
         Raises:
             CacheStateError: the load has ended before.
@@ -244,7 +244,7 @@ class GlobalCacheEngine:
         return held is not None and held.is_broken
 
     def op_finished(self, plan: CachePlan, op_id: int, ok: bool, failed: Iterable[int] = ()) -> None:
-        """Note that an op ended. Ok: what it filled becomes ready, up to the first of `failed`; the rest leaves the index.
+        """Note that an op ended. Ok: what it filled becomes ready, up to the first of `failed`; the rest leaves.
 
         Not ok: all that it filled or read leaves. An op that never began did not fail: release its plan instead.
 

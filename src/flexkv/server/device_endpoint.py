@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import zmq
 
 from flexkv.common.config import ModelConfig
 from flexkv.common.transfer import TransferType
-from flexkv.errors import ServerError
+from flexkv.errors import FlexKVError, ServerError
 from flexkv.server import request as msg
 from flexkv.server.runtime_dir import device_socket, pool_socket
 from flexkv.storage.allocator import CpuPool
@@ -57,12 +58,27 @@ _Command = ScheduledOp | msg.CancelOps | msg.AbandonTasks | msg.Closing
 class DeviceEndpoint(TransferWorker):
     """Runs H2D and D2H ops on the device workers of all ranks. Any thread may ask whether it is ready."""
 
-    def __init__(self, model: ModelConfig, tokens_per_block: int, pool: CpuPool, directory: Path) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        tokens_per_block: int,
+        pool: CpuPool,
+        directory: Path,
+        bind_layout: Callable[[str], None] = lambda layout: None,
+    ) -> None:
         """Serve the sockets of a private directory.
+
+        Args:
+            model: the shape of a block.
+            tokens_per_block: of the engine.
+            pool: the CPU tier.
+            directory: where device workers find it.
+            bind_layout: told the layout of a rank that registers; when it raises a FlexKVError the rank is refused.
 
         Raises:
             ServerError: the sockets cannot be bound.
         """
+        self._bind_layout = bind_layout
         self._tp_size = model.tp_size
         self._rank_bytes = model.rank_block_bytes(tokens_per_block)
         self._pool = pool
@@ -309,6 +325,10 @@ class DeviceEndpoint(TransferWorker):
             return f"its blocks have {message.block_bytes} bytes, the store's have {self._rank_bytes} per rank"
         if self.fingerprint and message.fingerprint != self.fingerprint:
             return f"its layout is {message.fingerprint!r}, the store's is {self.fingerprint!r}"
+        try:
+            self._bind_layout(message.fingerprint)
+        except FlexKVError as error:
+            return str(error)
         rank = self._ranks.get(message.rank)
         if rank is not None and rank.identity != identity:
             return f"rank {message.rank} is taken by process {rank.pid}"

@@ -9,7 +9,6 @@ from flexkv.common.transfer import TransferOp, TransferOpGraph, TransferType
 from flexkv.errors import TransferError
 from flexkv.transfer.worker import OpResult
 
-
 _NUM_FAILURES_KEPT: Final = 65_536
 
 
