@@ -114,16 +114,6 @@ def test_an_op_that_makes_no_sense_fails_by_name(bench):
     assert bench.store([1]).is_complete, "those that follow are not hurt"
 
 
-def test_an_op_that_is_late_never_begins(bench, cache):
-    if cache.remote is not None:
-        pytest.skip("its deadline is the tier's own")
-    bench.blocks[:] = 7
-    result = bench.wait(bench.submit(bench.load_op([1], [1], [1]), timeout_s=0.0))
-    assert not result.ok
-    assert "deadline" in result.error
-    assert (bench.blocks == 7).all()
-
-
 def test_closing_under_load_reports_every_op_once(cache):
     with open_bench(cache) as bench:
         assert bench.store(list(range(NUM_SLOTS))).is_complete

@@ -203,6 +203,15 @@ def test_cancelling_drops_what_has_not_begun(bench):
     bench.worker.cancel(kept.op_id)  # over already
 
 
+def test_an_op_that_is_late_never_begins(bench):
+    bench.blocks[:] = 7
+    result = bench.wait(bench.submit(bench.load_op([1], [1], [1]), timeout_s=0.0))
+    assert not result.ok
+    assert "deadline" in result.error
+    assert (bench.blocks == 7).all()
+    assert bench.worker.stats()[TransferType.DISK2H].num_failed_ops == 1
+
+
 def test_a_queue_that_is_full_refuses(bench, monkeypatch):
     monkeypatch.setattr("flexkv.transfer.lane._MOST_QUEUED", 2)
     assert bench.store([1]).is_complete
