@@ -3,6 +3,8 @@
 //   bf16 with matrix tiles: parts of each panel become bf16 integers in the first level cache, for all rows at once,
 //   whose bits do not depend on their number
 //
+//   one row of bf16: as few rows, with additions in an order of its own that is faster
+//
 //   few rows, or bits that must not depend on their number: each panel is dequantised in registers, again for every
 //   12 rows; weights cross from memory in their packed size
 //
@@ -127,7 +129,8 @@ void QuantizedLinear::forward(const std::byte* x, std::int64_t num_rows, std::in
   const bool can_dequantize = dtype_ == DType::kBFloat16 && out_type != DType::kFloat16 && !batch_invariant;
   const Isa isa = current_isa();
   const bool dequantizes = can_dequantize && num_rows >= rows_to_dequantize(isa);
-  const bool uses_tiles = !dequantizes && dtype_ == DType::kBFloat16 && isa >= Isa::kAmx;
+  const bool is_alone = num_rows == 1 && !batch_invariant;
+  const bool uses_tiles = !dequantizes && !is_alone && dtype_ == DType::kBFloat16 && isa >= Isa::kAmx;
   const std::int64_t block = uses_tiles ? kTileRows : dequantizes ? kManyRows : kFewRows;
   const auto x_bytes = static_cast<std::int64_t>(size_of(dtype_));
   const auto out_bytes = static_cast<std::int64_t>(size_of(out_type));
@@ -140,7 +143,7 @@ void QuantizedLinear::forward(const std::byte* x, std::int64_t num_rows, std::in
     } else if (dequantizes) {
       forward_dequantized(source, count, x_stride, target, out_stride, out_type);
     } else {
-      forward_packed(source, count, x_stride, target, out_stride, out_type);
+      forward_packed(source, count, x_stride, target, out_stride, out_type, batch_invariant);
     }
   }
 }
@@ -166,10 +169,11 @@ void QuantizedLinear::forward_tiles(const std::byte* x, std::int64_t num_rows, s
 }
 
 void QuantizedLinear::forward_packed(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,
-                                     std::int64_t out_stride, DType out_type) const {
+                                     std::int64_t out_stride, DType out_type, bool batch_invariant) const {
   const Isa isa = current_isa();
   const bool as_bf16 = dtype_ == DType::kBFloat16 && isa >= Isa::kAvx512Bf16;
-  const quantized::PanelKernel kernel = panel_kernel(isa, as_bf16);
+  const bool is_alone = as_bf16 && num_rows == 1 && !batch_invariant;
+  const quantized::PanelKernel kernel = is_alone ? quantized::run_row_avx512_bf16 : panel_kernel(isa, as_bf16);
   const Input input = prepare(x, num_rows, x_stride, as_bf16, true);
   const Rows rows{input.x, input.x_stride, input.sums, num_rows};
   parallel_for(num_panels(), 1, [&](std::int64_t begin, std::int64_t end) {

@@ -18,7 +18,7 @@
 //
 //   y[n] = sum over groups g of scale[g][n] * (sum over k in g of q'[n][k] x[k] - zeros[g][n] * sum over k in g of x[k])
 //
-// in fp32, in an order that depends neither on the rows beside nor on the threads.
+// in fp32, in an order that depends neither on the rows beside nor on the threads; a row alone may have another one.
 #pragma once
 
 #include <cstddef>
@@ -67,6 +67,9 @@ void run_panel_portable(const Shape& shape, const Panel& panel, const Rows& rows
 void run_panel_avx2(const Shape& shape, const Panel& panel, const Rows& rows, float* out);         // x is fp32
 void run_panel_avx512(const Shape& shape, const Panel& panel, const Rows& rows, float* out);       // x is fp32
 void run_panel_avx512_bf16(const Shape& shape, const Panel& panel, const Rows& rows, float* out);  // x is bf16
+
+// One row of bf16, whose additions are in another order than those of the kernels above.
+void run_row_avx512_bf16(const Shape& shape, const Panel& panel, const Rows& rows, float* out);
 
 // x is what amx_prepare has made of bf16 rows.
 void run_panel_amx(const Shape& shape, const Panel& panel, const Rows& rows, float* out);
