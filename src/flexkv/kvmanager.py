@@ -248,6 +248,10 @@ class KVManager:
         """Return the answers of those tasks that have one, without waiting."""
         return self._tasks.try_wait(task_ids)
 
+    def drain(self, timeout: float = 20.0) -> bool:
+        """Wait until nothing launched runs any more, copies between tiers included; False after `timeout` seconds."""
+        return self._tasks.drain(timeout)
+
     # -- the store -------------------------------------------------------------------------------------------------
     def reset(self) -> bool:
         """Forget every block of every tier; False, changing nothing, while tasks are alive.

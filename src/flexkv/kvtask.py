@@ -169,10 +169,15 @@ class KVTaskEngine:
         pending = (ResponseStatus.TIMEOUT, ResponseStatus.UNREADY)
         return {task_id: response for task_id, response in responses.items() if response.status not in pending}
 
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until no launched task and no load runs; False if that takes longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._is_running(), timeout_s)
+
     def reset(self) -> bool:
         """Forget every block; False, changing nothing, while any task or load is alive."""
         with self._changed:
-            return not self._alive and self._cache.reset()
+            return not self._alive and not self._loads and self._cache.reset()
 
     def take_events(self) -> list[BlockStored | BlockRemoved]:
         """Return what the tiers stored and removed since the last call."""
@@ -195,15 +200,12 @@ class KVTaskEngine:
 
     def close(self, timeout_s: float) -> None:
         """Cancel every task, wait for running copies, and stop the data plane. Idempotent."""
-        deadline = time.monotonic() + timeout_s
         with self._changed:
-            task_ids = list(self._alive)
             for load in self._loads.values():
                 self._transfer.cancel(load.graph.graph_id)
+            task_ids = list(self._alive)
         self.cancel(task_ids)
-        self.wait(task_ids, timeout_s, completely=True)
-        with self._changed:
-            self._changed.wait_for(lambda: not self._loads, max(0.0, deadline - time.monotonic()))
+        self.drain(timeout_s)
         self._transfer.close()
 
     # -- the transfer thread ---------------------------------------------------------------------------------------
@@ -300,6 +302,9 @@ class KVTaskEngine:
         if task is None:
             raise InvalidRequestError(f"there is no task {task_id}, or it ended long ago")
         return task
+
+    def _is_running(self) -> bool:
+        return bool(self._loads) or any(task.state is not TaskState.UNREADY for task in self._alive.values())
 
     def _has_unfinished(self, task_ids: list[int], completely: bool) -> bool:
         for task_id in task_ids:

@@ -1,7 +1,9 @@
-"""Random puts, gets, cancels and resets against a store too small for them: never a wrong byte, nothing lost."""
+"""Random puts, gets, cancels, resets and restarts in a store too small for them: never a wrong byte, nothing lost."""
 
+import tempfile
 import zlib
 from contextlib import ExitStack
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tests.flexkv.device_memory import BLOCK, MODEL, fill_block, make_kv_caches, read_block, slots_of
 
-from flexkv.common.config import CacheConfig, CpuTierConfig, EvictionConfig
+from flexkv.common.config import CacheConfig, CpuTierConfig, EvictionConfig, SsdTierConfig
 from flexkv.common.request import ResponseStatus
 from flexkv.kvmanager import KVManager
 from flexkv.server.client import KVTPClient
@@ -31,17 +33,21 @@ def seed_of(kinds: list[int], namespace: str | None) -> int:
 class StoreMachine(RuleBasedStateMachine):
     """The device holds scratch blocks; what a block must contain follows from its prefix and namespace."""
 
+    cache = CacheConfig(CpuTierConfig(num_blocks=7), BLOCK, EvictionConfig(evict_ratio=0.2))
+
     def __init__(self) -> None:
         super().__init__()
-        self.stack = ExitStack()
-        cache = CacheConfig(CpuTierConfig(num_blocks=7), BLOCK, EvictionConfig(evict_ratio=0.2))
-        self.store = self.stack.enter_context(KVManager(MODEL, cache))
         self.kv_caches = make_kv_caches(MODEL, NUM_DEVICE_BLOCKS, BLOCK)
+        self.free = list(range(NUM_DEVICE_BLOCKS))
+        self.launched: dict[int, tuple[str, list[int], list[int], str | None]] = {}
+        self.open()
+
+    def open(self) -> None:
+        self.stack = ExitStack()
+        self.store = self.stack.enter_context(KVManager(MODEL, self.cache))
         client = self.stack.enter_context(KVTPClient(self.store.device_dir, 0, MODEL, BLOCK))
         client.register(self.kv_caches)
         assert self.store.wait_ready(20.0)
-        self.free = list(range(NUM_DEVICE_BLOCKS))
-        self.launched: dict[int, tuple[str, list[int], list[int], str | None]] = {}
 
     def teardown(self) -> None:
         self.settle()
@@ -101,8 +107,10 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def reset(self):
         if not self.launched:
+            assert self.store.drain()
             assert self.store.reset()
-            assert self.store.stats().num_cached_blocks == 0
+            stats = self.store.stats()
+            assert stats.num_cached_blocks == stats.num_ssd_cached_blocks == 0
 
     @rule()
     def everything_ends(self):
@@ -111,6 +119,7 @@ class StoreMachine(RuleBasedStateMachine):
     def settle(self) -> None:
         for task in list(self.launched):
             self.end(task)
+        assert self.store.drain()
         stats = self.store.stats()
         assert stats.num_in_flight_blocks == 0
         assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_total_blocks
@@ -130,8 +139,34 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def never_more_than_the_pool(self):
-        assert self.store.stats().num_cached_blocks <= 7
+        stats = self.store.stats()
+        assert stats.num_cached_blocks <= stats.num_total_blocks
 
 
+class StoreWithSsdMachine(StoreMachine):
+    """Most of what is stored is on the SSD only, and survives a restart."""
+
+    def __init__(self) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        ssd = SsdTierConfig((Path(self.directory.name),), num_blocks=12)
+        self.cache = CacheConfig(CpuTierConfig(num_blocks=4), BLOCK, EvictionConfig(evict_ratio=0.0), ssd=ssd)
+        super().__init__()
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.directory.cleanup()
+
+    @rule()
+    def restart(self) -> None:
+        self.settle()
+        num_stored = self.store.stats().num_ssd_cached_blocks
+        self.stack.close()
+        self.open()
+        # Blocks that were evicted, and whose slots nobody has used since, are there again.
+        assert self.store.stats().num_ssd_cached_blocks >= num_stored
+
+
+TestStoreWithSsdMachine = StoreWithSsdMachine.TestCase
+TestStoreWithSsdMachine.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)

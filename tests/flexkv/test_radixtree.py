@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from flexkv.cache.radixtree import RadixTree
+from flexkv.common.config import EVICTION_POLICIES
 from flexkv.errors import CacheStateError, ConfigError
 
 Prefix = tuple[int, ...]
@@ -31,6 +33,8 @@ class Block:
     prefix: Prefix
     block_id: int
     last_use: int
+    inserted: int
+    num_uses: int = 1
     ready: bool = False
     attached: bool = True
     num_locks: int = 0
@@ -45,12 +49,22 @@ class Lock:
     """Whether its new blocks are neither ready nor removed."""
 
 
+LEAVES_FIRST: dict[str, Callable[[Block], tuple[int, ...]]] = {
+    "lru": lambda block: (block.last_use,),
+    "lfu": lambda block: (block.num_uses, block.last_use),
+    "fifo": lambda block: (block.inserted,),
+    "mru": lambda block: (-block.last_use,),
+    "slru": lambda block: (block.num_uses > 1, block.last_use),
+}
+
+
 class RadixTreeMachine(RuleBasedStateMachine):
     """The tree behaves as a dict from prefix to block."""
 
-    @initialize()
-    def make(self) -> None:
-        self.tree = RadixTree(32)
+    @initialize(policy=st.sampled_from(sorted(LEAVES_FIRST)))
+    def make(self, policy: str) -> None:
+        self.tree = RadixTree(32, policy)
+        self.leaves_first = LEAVES_FIRST[policy]
         self.index: dict[Prefix, Block] = {}
         self.detached: set[Block] = set()
         self.locks: list[Lock] = []
@@ -74,6 +88,7 @@ class RadixTreeMachine(RuleBasedStateMachine):
         for block in path:
             block.num_locks += 1
             block.last_use = self.clock
+            block.num_uses += 1
         lock = Lock(prefix.handle, path)
         self.locks.append(lock)
         return lock
@@ -89,7 +104,8 @@ class RadixTreeMachine(RuleBasedStateMachine):
         end = min(len(names), start + room)
         if start == end:
             return
-        lock.new = [Block(names[: i + 1], next(self.ids), self.clock, num_locks=1) for i in range(start, end)]
+        now = self.clock
+        lock.new = [Block(names[: i + 1], next(self.ids), now, now, num_locks=1) for i in range(start, end)]
         new_ids = np.array([block.block_id for block in lock.new], np.int64)
         lock.handle = self.tree.insert(lock.handle, digests(names)[start:end], new_ids)
         lock.path += lock.new
@@ -167,7 +183,7 @@ class RadixTreeMachine(RuleBasedStateMachine):
             leaves = [b for b in self.index.values() if b.ready and not b.num_locks and b.prefix not in parents]
             if not leaves:
                 break
-            victim = min(leaves, key=lambda block: block.last_use)
+            victim = min(leaves, key=self.leaves_first)
             expected.append(victim)
             del self.index[victim.prefix]
         removal = self.tree.evict(count)
@@ -211,6 +227,12 @@ def test_a_tree_refuses_what_it_cannot_have() -> None:
         RadixTree(7)
     with pytest.raises(ConfigError, match="random"):
         RadixTree(32, "random")
+
+
+def test_every_policy_of_the_configuration_is_known() -> None:
+    assert set(EVICTION_POLICIES) == set(LEAVES_FIRST)
+    for policy in EVICTION_POLICIES:
+        RadixTree(32, policy)
 
 
 def test_a_stale_handle_is_refused() -> None:
