@@ -14,12 +14,15 @@ torch=${TORCH:-torch==2.13.0}
 
 # -- system packages: what is missing is named, and installed where that is allowed ------------------------------------
 header() { echo "#include <$1>" | c++ -E -x c++ - >/dev/null 2>&1; }
+library() { ldconfig -p 2>/dev/null | grep -q "$1"; }
 missing=()
 command -v c++ >/dev/null || missing+=(g++)
 command -v redis-server >/dev/null || missing+=(redis-server)
 header xxhash.h || missing+=(libxxhash-dev)
-header liburing.h || missing+=(liburing-dev)
 header doctest/doctest.h || missing+=(doctest-dev)
+library libibverbs.so.1 || missing+=(libibverbs1) # these three are Mooncake's
+library libnuma.so.1 || missing+=(libnuma1)
+library libcurl.so.4 || missing+=(libcurl4)
 "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 "$python" -c 'import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || missing+=(python3-dev)
