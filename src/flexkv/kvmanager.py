@@ -35,6 +35,7 @@ from flexkv.kvtask import KVTaskEngine
 from flexkv.server.device_endpoint import DeviceEndpoint
 from flexkv.server.runtime_dir import StoreDir, store_name
 from flexkv.storage.storage_engine import StorageEngine
+from flexkv.transfer.remote_worker import RemoteWorker
 from flexkv.transfer.ssd_worker import SsdWorker
 from flexkv.transfer.transfer_manager import ThreadTransferManager
 from flexkv.transfer.worker import TransferWorker
@@ -105,11 +106,19 @@ class KVManager:
                 self._ssd_worker = SsdWorker(storage.ssd, pool, op_timeout_s)
                 self._resources.callback(self._ssd_worker.close)
                 workers |= dict.fromkeys((TransferType.DISK2H, TransferType.H2DISK), self._ssd_worker)
+            find_remotely = None
+            if storage.remote is not None:
+                assert cache_config.remote is not None
+                remote = RemoteWorker(storage.remote, storage.remote_keys, pool, cache_config.remote)
+                self._resources.callback(remote.close)
+                find_remotely = remote.find
+                workers[TransferType.REMOTE2H] = workers[TransferType.H2REMOTE] = remote
             cache = self._make_cache_engine(storage)
         except FlexKVError:
             self._resources.close()
             raise
-        self._tasks = KVTaskEngine(cache, ThreadTransferManager(workers, op_timeout_s), cache_config.transfer.max_tasks)
+        transfer = ThreadTransferManager(workers, op_timeout_s)
+        self._tasks = KVTaskEngine(cache, transfer, cache_config.transfer.max_tasks, find_remotely)
         logger.info("store made cpu_blocks=%d block_bytes=%d", pool.layout.num_blocks, pool.layout.block_bytes)
 
     def _make_cache_engine(self, storage: StorageEngine) -> GlobalCacheEngine:
@@ -220,6 +229,17 @@ class KVManager:
         """
         return self._plan_and_launch("put", token_ids, slot_mapping, token_mask, namespace)
 
+    def prefetch_async(self, token_ids: Any, namespace: Namespace = None) -> int:
+        """Bring what SSD and remote store have of a sequence into host memory; the task runs at once.
+
+        `get_match` knows the SSD tier, but does not wait for a remote store: what only that one has is found by a
+        prefetch before it. The answer's `num_blocks` is how much of the sequence is in host memory in the end.
+
+        Raises:
+            InvalidRequestError: ids that make no sense.
+        """
+        return self._tasks.prefetch(self._sequence(as_array(token_ids, "token_ids"), namespace))
+
     def launch(self, task_ids: Sequence[int], slot_mappings: Sequence[Any]) -> None:
         """Run matched tasks. Each takes the slots of the tokens under its mask, as integers `[mask.sum()]`.
 
@@ -290,11 +310,17 @@ class KVManager:
         size = self._cache_config.tokens_per_block
         first_block, end_block = block_run(token_mask, len(tokens), size)
         if not self.is_ready():
-            end_block = first_block = 0
-        sequence = SequenceMeta.from_tokens(tokens[: end_block * size], size, self._hasher, namespace, self._root())
+            first_block = 0
+        sequence = self._sequence(tokens[: end_block * size], namespace)
         plan = self._tasks.plan_get if kind == "get" else self._tasks.plan_put
         task_id, planned = plan(sequence, first_block)
         return task_id, planned, len(tokens), first_block
+
+    def _sequence(self, tokens: npt.NDArray[np.integer[Any]], namespace: Namespace) -> SequenceMeta:
+        """Hash what is given; nothing as long as the layout of blocks is unknown, or no device would take them."""
+        size = self._cache_config.tokens_per_block
+        known = tokens if self.is_ready() else tokens[:0]
+        return SequenceMeta.from_tokens(known, size, self._hasher, namespace, self._root())
 
     def _plan_and_launch(
         self, kind: str, token_ids: Any, slot_mapping: Any, token_mask: Any, namespace: Namespace

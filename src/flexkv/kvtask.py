@@ -14,8 +14,9 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from flexkv.cache.global_cache_engine import CacheLoad, CachePlan, CacheStats, GlobalCacheEngine
 from flexkv.common.block import SequenceMeta
 from flexkv.common.request import KVResponse, ResponseStatus, TaskState, next_state
+from flexkv.common.transfer import BlockContent
 from flexkv.errors import InvalidRequestError, TransferError
 from flexkv.transfer.transfer_manager import TransferManager
 from flexkv.transfer.worker import OpResult
@@ -39,7 +41,7 @@ class _Task:
     task_id: int
     plan: CachePlan
     state: TaskState = TaskState.UNREADY
-    caller_ops: set[int] = field(default_factory=set)  # those that have not ended
+    caller_ops: set[int] = field(default_factory=set)  # those that have not ended; of a prefetch its loads
     error: str = ""
     is_over: bool = False
     """Nothing of it runs, and the cache engine has everything back."""
@@ -71,14 +73,34 @@ class _Task:
                 return ResponseStatus.SUCCESS
 
 
+FindRemotely = Callable[[BlockContent], Future[int]]
+"""Asks a store that others share how many of these blocks, from the first on, it has."""
+
+_SEARCH: Final = -1
+"""Stands among the ops of a prefetch for its search in the remote store."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prefetch:
+    task: _Task
+    sequence: SequenceMeta
+
+
 class KVTaskEngine:
     """Holds the tasks. Thread-safe; nothing but `wait` waits.
 
     The answers of the last `max_tasks` finished tasks are kept.
     """
 
-    def __init__(self, cache_engine: GlobalCacheEngine, transfer: TransferManager, max_tasks: int) -> None:
-        """Take the control plane, which nobody else may touch, and the data plane."""
+    def __init__(
+        self,
+        cache_engine: GlobalCacheEngine,
+        transfer: TransferManager,
+        max_tasks: int,
+        find_remotely: FindRemotely | None = None,
+    ) -> None:
+        """Take the control plane, which nobody else may touch, the data plane, and who knows the remote store."""
+        self._find_remotely = find_remotely
         self._cache = cache_engine
         self._transfer = transfer
         self._max_tasks = max_tasks
@@ -87,6 +109,7 @@ class KVTaskEngine:
         # Protected by _changed:
         self._alive: dict[int, _Task] = {}
         self._loads: dict[int, CacheLoad] = {}  # those that run, by ids that no task has
+        self._prefetches: dict[int, _Prefetch] = {}  # those of the tasks alive
         self._finished: dict[int, _Task] = {}
 
     def start(self) -> None:
@@ -100,8 +123,7 @@ class KVTaskEngine:
             if not self._accepts():
                 return self._unplanned("get", first_block)
             plan = self._cache.plan_get(sequence, first_block)
-            for load in self._cache.take_loads():
-                self._begin(load)
+            self._begin_loads()
             return self._add(plan)
 
     def plan_put(self, sequence: SequenceMeta, first_block: int) -> tuple[int, CachePlan | None]:
@@ -110,6 +132,32 @@ class KVTaskEngine:
             if not self._accepts():
                 return self._unplanned("put", first_block)
             return self._add(self._cache.plan_put(sequence, first_block))
+
+    def prefetch(self, sequence: SequenceMeta) -> int:
+        """Make and run a task that brings what lower tiers have of a sequence into the CPU tier.
+
+        Its answer says how many blocks, from the first on, were there in the end.
+        """
+        with self._changed:
+            if not self._accepts():
+                return self._unplanned("get", 0)[0]
+            task = _Task(next(self._task_ids), CachePlan(0, "get", None, 0, 0))
+            task.state = next_state(next_state(task.state, TaskState.READY), TaskState.RUNNING)
+            self._alive[task.task_id] = task
+            prefetch = self._prefetches[task.task_id] = _Prefetch(task, sequence)
+            loads, num_coming = self._cache.plan_prefetch(sequence)
+            task.caller_ops |= loads
+            self._begin_loads()
+            left = sequence.num_blocks - num_coming
+            find = self._find_remotely if left > 0 else None
+            if find is None:
+                self._end_prefetch_if_done(prefetch)
+                return task.task_id
+            task.caller_ops.add(_SEARCH)
+        # Not under the lock, which the answer takes, perhaps at once.
+        content = BlockContent.of_run(sequence.block_hashes, num_coming, left, sequence.namespace)
+        find(content).add_done_callback(lambda found: self._on_found(prefetch, num_coming, found))
+        return task.task_id
 
     def num_blocks(self, task_id: int) -> int:
         """Return how many blocks a task covers, so many device blocks its launch takes.
@@ -146,8 +194,10 @@ class KVTaskEngine:
                 if task.state is TaskState.UNREADY:
                     self._end(task, TaskState.CANCELLED)
                     continue
+                if task.plan.graph is None:  # a prefetch: what it began goes on
+                    self._end(task, TaskState.CANCELLED)
+                    continue
                 task.state = next_state(task.state, TaskState.CANCELLED)
-                assert task.plan.graph is not None
                 self._transfer.cancel(task.plan.graph.graph_id)
             self._changed.notify_all()
 
@@ -213,8 +263,7 @@ class KVTaskEngine:
         """An op of a task ended: its blocks become ready, or are dropped."""
         with self._changed:
             if (load := self._loads.pop(task_id, None)) is not None:
-                self._cache.load_finished(load, result.ok, result.failed, result.bad)
-                self._changed.notify_all()
+                self._end_load(load, result)
                 return
             task = self._alive[task_id]
             # What a lower tier does not take is no failure of a task whose data is safe.
@@ -230,10 +279,9 @@ class KVTaskEngine:
         """Nothing of a task runs any more."""
         with self._changed:
             if (load := self._loads.pop(task_id, None)) is not None:
-                self._cache.load_finished(load, ok=False)
+                self._end_load(load, OpResult(load.op_id, False))
             task = self._alive.get(task_id)
             if task is None:  # a load's
-                self._changed.notify_all()
                 return
             if task.caller_ops:
                 task.error = task.error or "the transfer engine stopped"
@@ -254,15 +302,43 @@ class KVTaskEngine:
             return task.task_id, None
         return task.task_id, plan
 
-    def _begin(self, load: CacheLoad) -> None:
-        load_id = next(self._task_ids)
-        self._loads[load_id] = load
-        try:
-            self._transfer.submit(load.graph, load_id)
-        except TransferError:
-            logger.warning("a load was not begun: the transfer engine has stopped")
-            del self._loads[load_id]
-            self._cache.load_finished(load, ok=False)
+    def _begin_loads(self) -> None:
+        for load in self._cache.take_loads():
+            load_id = next(self._task_ids)
+            self._loads[load_id] = load
+            try:
+                self._transfer.submit(load.graph, load_id)
+            except TransferError as error:
+                logger.warning("a load was not begun error=%s", error)
+                del self._loads[load_id]
+                self._end_load(load, OpResult(load.op_id, False))
+
+    def _end_load(self, load: CacheLoad, result: OpResult) -> None:
+        self._cache.load_finished(load, result.ok, result.failed, result.bad)
+        for prefetch in list(self._prefetches.values()):
+            prefetch.task.caller_ops.discard(load.op_id)
+            self._end_prefetch_if_done(prefetch)
+        self._changed.notify_all()
+
+    def _on_found(self, prefetch: _Prefetch, first_block: int, found: Future[int]) -> None:
+        """The remote store has answered, on whatever thread."""
+        num_found = 0 if found.exception() is not None else found.result()
+        with self._changed:
+            task = prefetch.task
+            if task.task_id not in self._prefetches:
+                return
+            if num_found > 0:
+                loads, _ = self._cache.begin_remote_load(prefetch.sequence, first_block + num_found)
+                task.caller_ops |= loads
+                self._begin_loads()
+            task.caller_ops.discard(_SEARCH)
+            self._end_prefetch_if_done(prefetch)
+
+    def _end_prefetch_if_done(self, prefetch: _Prefetch) -> None:
+        task = prefetch.task
+        if task.task_id in self._prefetches and not task.caller_ops:
+            task.plan = replace(task.plan, num_blocks=self._cache.num_ready(prefetch.sequence))
+            self._end(task, TaskState.COMPLETED)
 
     def _run(self, task: _Task) -> None:
         assert task.plan.graph is not None
@@ -290,6 +366,7 @@ class KVTaskEngine:
         if task.plan.graph is not None:
             self._cache.release(task.plan)
         del self._alive[task.task_id]
+        self._prefetches.pop(task.task_id, None)
         self._finished[task.task_id] = task
         if len(self._finished) > self._max_tasks:
             del self._finished[next(iter(self._finished))]

@@ -20,7 +20,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flexkv.cache.tier import BlockSpan, Hold, Tier
-from flexkv.cache.transfer_pattern import add_get, add_put, add_store_on_ssd, load_from_ssd
+from flexkv.cache.transfer_pattern import (
+    add_get,
+    add_put,
+    add_store_on_ssd,
+    add_store_remotely,
+    load_from_remote,
+    load_from_ssd,
+)
 from flexkv.common.block import SequenceMeta
 from flexkv.common.config import CacheConfig
 from flexkv.common.transfer import BlockContent, TransferOp, TransferOpGraph
@@ -111,8 +118,8 @@ class _OpenPlan:
 class _OpenLoad:
     cpu: Hold
     span: BlockSpan
-    source_tier: Tier
-    source: Hold
+    source: Hold | None = None
+    """Of the SSD tier, if it comes from there."""
 
 
 class GlobalCacheEngine:
@@ -123,10 +130,13 @@ class GlobalCacheEngine:
     ) -> None:
         """Make empty indexes over these blocks of host memory and slots of the SSD tier (0: there is none).
 
+        What the remote store has is known to nobody here: who has asked it says so to `begin_remote_load`.
+
         Raises:
             ConfigError: the digest size or the eviction policy is not supported.
         """
         self._tokens_per_block = cache_config.tokens_per_block
+        self._writes_remotely = cache_config.remote is not None and cache_config.remote.write == "all"
         self._digest_size = hash_digest_size
         eviction = cache_config.eviction
         self._cpu = Tier(num_cpu_blocks, hash_digest_size, eviction, MEDIUM_CPU)
@@ -150,8 +160,7 @@ class GlobalCacheEngine:
         self._check(sequence, first_block)
         self._stats.num_gets += 1
         self._stats.num_queried += sequence.num_blocks - first_block
-        if self.ssd is not None:
-            self._begin_load(sequence, self.ssd)
+        self._begin_ssd_load(sequence)
         hold, num_ready = self._hold_servable(sequence)
         num_hit = max(0, hold.num_blocks - first_block)
         self._stats.num_hit += num_hit
@@ -198,6 +207,9 @@ class GlobalCacheEngine:
             # What others are bringing into the CPU tier is theirs to store.
             num_usable = hold.num_blocks if num_ready == num_present else num_ready
             self._add_store(graph, held, self.ssd, hold, num_usable, put)
+        if span is not None and put is not None and self._writes_remotely:
+            cpu_ids = self._cpu.block_ids(hold, span.first_block, span.num_blocks)
+            held.fills[add_store_remotely(graph, cpu_ids, self._content(sequence, span), put).op_id] = None
         if not graph.ops:
             self._cpu.release(hold)
             return self._empty_plan("put", first_block)
@@ -205,6 +217,38 @@ class GlobalCacheEngine:
             return self._open_plan("put", graph, first_block, 0, [], held)
         assert put is not None
         return self._open_plan("put", graph, span.first_block, span.num_blocks, [put], held)
+
+    def plan_prefetch(self, sequence: SequenceMeta) -> tuple[frozenset[int], int]:
+        """Begin to bring what the SSD tier has of a sequence into the CPU tier.
+
+        Returns the ops of the loads that bring parts of it, and how many blocks will be in the CPU tier then.
+
+        Raises:
+            InvalidRequestError: the sequence was hashed for another cache.
+        """
+        self._check(sequence, 0)
+        self._begin_ssd_load(sequence)
+        return self._coming(sequence)
+
+    def begin_remote_load(self, sequence: SequenceMeta, num_stored: int) -> tuple[frozenset[int], int]:
+        """Begin to bring the first `num_stored` blocks, which the remote store has, as far as the CPU tier lacks them.
+
+        Returns what `plan_prefetch` does.
+        """
+        cpu = self._hold_for_load(sequence, num_stored)
+        if cpu is not None:
+            span = self._cpu.extend(cpu, num_stored - cpu.num_blocks)
+            if span is None:
+                self._cpu.release(cpu)
+            else:
+                content = self._content(sequence, span)
+                graph = load_from_remote(self._cpu.block_ids(cpu, span.first_block, span.num_blocks), content)
+                self._open_load(graph, _OpenLoad(cpu, span))
+        return self._coming(sequence)
+
+    def num_ready(self, sequence: SequenceMeta) -> int:
+        """Return how many blocks of a sequence, from its first, the CPU tier can serve at once."""
+        return self._cpu.match(sequence).num_ready
 
     def take_loads(self) -> list[CacheLoad]:
         """Return the loads begun since the last call; each is to be run, and its end told to `load_finished`."""
@@ -228,14 +272,15 @@ class GlobalCacheEngine:
             del self._loading[digest.tobytes()]
         num_arrived = min(failed, default=span.num_blocks) if ok else 0
         first_bad = min(bad, default=None)
-        if first_bad is not None:
-            opened.source_tier.drop(opened.source, span.first_block + first_bad)
+        if self.ssd is not None and opened.source is not None and first_bad is not None:
+            self.ssd.drop(opened.source, span.first_block + first_bad)
         self._cpu.filled(opened.cpu, span, num_arrived)
         for held in self._open.values():
             if load.op_id in held.loads:
                 held.loads.discard(load.op_id)
                 held.is_broken |= num_arrived < span.num_blocks
-        opened.source_tier.release(opened.source)
+        if self.ssd is not None and opened.source is not None:
+            self.ssd.release(opened.source)
         self._cpu.release(opened.cpu)
 
     def is_broken(self, plan: CachePlan) -> bool:
@@ -345,31 +390,47 @@ class GlobalCacheEngine:
             )
 
     # -- loads -----------------------------------------------------------------------------------------------------
-    def _begin_load(self, sequence: SequenceMeta, source_tier: Tier) -> None:
-        """Bring what a lower tier has beyond the CPU tier's prefix, as far as there is room."""
+    def _begin_ssd_load(self, sequence: SequenceMeta) -> None:
+        """Bring what the SSD tier has beyond the CPU tier's prefix, as far as there is room."""
+        if self.ssd is None:
+            return
         # A use of the blocks there even if the CPU tier has them: what is wanted shall stay in both.
-        source = source_tier.hold(sequence, ready_only=True)
+        source = self.ssd.hold(sequence, ready_only=True)
+        cpu = self._hold_for_load(sequence, source.num_blocks)
+        span = self._cpu.extend(cpu, source.num_blocks - cpu.num_blocks) if cpu is not None else None
+        if cpu is None or span is None:
+            if cpu is not None:
+                self._cpu.release(cpu)
+            self.ssd.release(source)
+            return
+        slots = self.ssd.block_ids(source, span.first_block, span.num_blocks)
+        cpu_ids = self._cpu.block_ids(cpu, span.first_block, span.num_blocks)
+        self._open_load(load_from_ssd(slots, cpu_ids, self._content(sequence, span)), _OpenLoad(cpu, span, source))
+
+    def _hold_for_load(self, sequence: SequenceMeta, num_stored: int) -> Hold | None:
+        """Lock what the CPU tier has of a sequence, so that more can be loaded below it; None if there is no need."""
         present, ready = self._cpu.match(sequence)
         # Blocks that a put is bringing cannot be loaded as well; soon they will be there.
-        if source.num_blocks > present and self._num_loading(sequence, ready, present) == present - ready:
-            cpu = self._cpu.hold(sequence, present, ready_only=False)
-            span = self._cpu.extend(cpu, source.num_blocks - present)
-            if span is not None:
-                self._open_load(sequence, source_tier, source, cpu, span)
-                return
-            self._cpu.release(cpu)
-        source_tier.release(source)
+        if num_stored <= present or self._num_loading(sequence, ready, present) < present - ready:
+            return None
+        return self._cpu.hold(sequence, present, ready_only=False)
 
-    def _open_load(self, sequence: SequenceMeta, source_tier: Tier, source: Hold, cpu: Hold, span: BlockSpan) -> None:
-        first, count = span.first_block, span.num_blocks
-        content = BlockContent.of_run(sequence.block_hashes, first, count, sequence.namespace)
-        slots = source_tier.block_ids(source, first, count)
-        graph = load_from_ssd(slots, self._cpu.block_ids(cpu, first, count), content)
+    def _open_load(self, graph: TransferOpGraph, load: _OpenLoad) -> None:
         (op_id,) = graph.ops
-        self._loads[op_id] = _OpenLoad(cpu, span, source_tier, source)
-        for digest in sequence.block_hashes[first : first + count]:
+        self._loads[op_id] = load
+        first = load.span.first_block
+        for digest in load.cpu.sequence.block_hashes[first : first + load.span.num_blocks]:
             self._loading[digest.tobytes()] = op_id
         self._new_loads.append(CacheLoad(graph, op_id))
+
+    def _content(self, sequence: SequenceMeta, span: BlockSpan) -> BlockContent:
+        return BlockContent.of_run(sequence.block_hashes, span.first_block, span.num_blocks, sequence.namespace)
+
+    def _coming(self, sequence: SequenceMeta) -> tuple[frozenset[int], int]:
+        """The loads that bring parts of a sequence, and how much of it will be ready when they have ended."""
+        present, ready = self._cpu.match(sequence)
+        num_blocks = ready + self._num_loading(sequence, ready, present)
+        return frozenset(self._loads_of(sequence, ready, num_blocks)), num_blocks
 
     def _num_loading(self, sequence: SequenceMeta, first_block: int, end: int) -> int:
         """How many blocks from `first_block` on, without a gap, loads are bringing."""
@@ -407,7 +468,7 @@ class GlobalCacheEngine:
         if span is None:
             ssd.release(hold)
             return
-        content = BlockContent.of_run(cpu.sequence.block_hashes, first, span.num_blocks, cpu.sequence.namespace)
+        content = self._content(cpu.sequence, span)
         cpu_ids = self._cpu.block_ids(cpu, first, span.num_blocks)
         op = add_store_on_ssd(graph, cpu_ids, ssd.block_ids(hold, first, span.num_blocks), content, put)
         held.holds.append((ssd, hold))

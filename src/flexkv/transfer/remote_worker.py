@@ -9,7 +9,9 @@ An op has one deadline for waiting and running together: a slow or dead store de
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Final
 
 import numpy as np
@@ -44,6 +46,7 @@ class RemoteWorker(TransferWorker):
         self._store = store
         self._keys_of = keys_of
         self._pool = pool
+        self._get_deadline_s = config.get_deadline_s
         get = self._lane_config("get", config.num_get_threads, config.get_deadline_s)
         self._lanes = {TransferType.REMOTE2H: Lane(get, self._get)}
         if config.write == "all":
@@ -80,6 +83,30 @@ class RemoteWorker(TransferWorker):
             lane.refuse(op.op_id, problem)
         else:
             lane.submit(scheduled)
+
+    def find(self, content: BlockContent) -> Future[int]:
+        """Ask how many of these blocks, from the first on without a gap, the store has: 0 when it cannot say in time.
+
+        The future ends with TransferError when the worker is closed, or blocks cannot be named yet.
+        """
+        found = [0]
+
+        def ask() -> None:
+            deadline = time.monotonic() + self._get_deadline_s
+            is_there = self._store.exists(self._keys_of(content), deadline)
+            found[0] = len(is_there) if is_there.all() else int(is_there.argmin())
+
+        answer: Future[int] = Future()
+
+        def pass_on(asked: Future[None]) -> None:
+            error = asked.exception()
+            if error is None:
+                answer.set_result(found[0])
+            else:
+                answer.set_exception(error)
+
+        self._lanes[TransferType.REMOTE2H].call(ask).add_done_callback(pass_on)
+        return answer
 
     def cancel(self, op_id: int) -> None:
         """Give up an op that has not begun."""
