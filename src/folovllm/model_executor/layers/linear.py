@@ -57,6 +57,7 @@ class Linear:
             split: what the ranks share out.
             fused: the checkpoint's name of the one projection that holds all parts, in their order; None: each its own.
         """
+        self.ops = context.ops
         self.parallel = context.parallel
         self.reduces = split is Split.INPUTS and context.parallel.size > 1
         modules = [f"{name}.{part}" for part in ([fused] if fused else parts)]
@@ -76,6 +77,10 @@ class Linear:
         """`[num_tokens, in_features]` -> `[num_tokens, out_features]`, of this rank."""
         out = self.weights.forward(x)
         return self.parallel.all_reduce(out) if self.reduces else out
+
+    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
+        """`[num_tokens, in_features]` -> silu(gate) * up `[num_tokens, out_features / 2]`: two parts of one size."""
+        return self.weights.forward_silu_mul(x, self.ops)
 
 
 class OutputHead:

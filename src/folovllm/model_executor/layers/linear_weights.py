@@ -20,7 +20,11 @@ import torch.nn.functional as F
 from folovllm import _native
 from folovllm.dtypes import DTYPE_NAMES
 from folovllm.errors import ModelLoadError
+from folovllm.ops.abstract import Ops
 from folovllm.ops.workspace import Workspace
+
+# Outputs that kernels compute together (csrc/folovllm/packed_weights.h).
+_PANEL_WIDTH = 16
 
 
 def _length(part: slice) -> int:
@@ -116,6 +120,10 @@ class LinearWeights(ABC):
     @abstractmethod
     def forward(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """`[num_rows, num_inputs]` -> `[num_rows, num_outputs]`, in the dtype of `x` unless told otherwise."""
+
+    def forward_silu_mul(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+        """silu(gate) * up, where `forward` gives rows `gate | up`."""
+        return ops.silu_mul(self.forward(x))
 
     @abstractmethod
     def row_major(self) -> torch.Tensor:
@@ -238,6 +246,15 @@ class PackedWeights(LinearWeights):
             self._dtype_name if out_dtype is None else DTYPE_NAMES[out_dtype],
             self.batch_invariant,
         )
+        return out
+
+    def forward_silu_mul(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+        """In one call where both halves are whole panels of weights."""
+        if self._num_outputs % (2 * _PANEL_WIDTH) != 0:
+            return super().forward_silu_mul(x, ops)
+        num_rows, size = len(x), self._num_outputs // 2
+        out = self.workspace.rows("silu_mul", num_rows, size, self.dtype)
+        self.packed.forward_silu_mul(x.data_ptr(), num_rows, x.stride(0), out.data_ptr(), size, self.batch_invariant)
         return out
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,6 @@ class GatedMLP:
         if config.hidden_act != "silu":
             raise ModelLoadError(f"hidden_act {config.hidden_act!r} is not supported; supported: silu")
         size, hidden, bias = config.intermediate_size, config.hidden_size, traits.mlp_bias
-        self.ops = context.ops
         self.gate_up_proj = Linear(
             context,
             name,
@@ -94,7 +93,7 @@ class GatedMLP:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[num_tokens, hidden_size]` -> the same."""
-        return self.down_proj(self.ops.silu_mul(self.gate_up_proj(hidden)))
+        return self.down_proj(self.gate_up_proj.silu_mul(hidden))
 
 
 class DecoderLayer:
