@@ -211,17 +211,25 @@ void QuantizedLinear::forward_dequantized(const std::byte* x, std::int64_t num_r
       kernel.prepare(whole, {begin * 16, std::min(end * 16, num_rows)}, prepared);
     });
   }
-  parallel_for(num_panels(), 1, [&](std::int64_t begin, std::int64_t end) {
-    std::byte* const weights = scratch<Use::kPanel>(panel_bytes * (kPanelColumns / kPanelWidth));
-    for (std::int64_t index = begin; index < end; ++index) {
-      const std::int64_t column = index * kPanelColumns;
-      dequantize(shape_, panel(index), reinterpret_cast<std::uint16_t*>(weights));
-      clear_padding(weights, panel_bytes);
+  // Several panels at a time, as all activations pass for each group, and may come from beyond the second level cache.
+  constexpr std::int64_t kMostPanels = 4;
+  const std::int64_t group = std::clamp<std::int64_t>(num_panels() / (2 * num_threads()), 1, kMostPanels);
+  const std::int64_t dequantized_bytes = panel_bytes * (kPanelColumns / kPanelWidth);
+  parallel_for(num_panels(), group, [&](std::int64_t begin, std::int64_t end) {
+    std::byte* const weights = scratch<Use::kPanel>(dequantized_bytes * group);
+    for (std::int64_t first = begin; first < end; first += group) {
+      const std::int64_t last = std::min(first + group, end);
+      for (std::int64_t index = first; index < last; ++index) {
+        std::byte* const panel_weights = weights + (index - first) * dequantized_bytes;
+        dequantize(shape_, panel(index), reinterpret_cast<std::uint16_t*>(panel_weights));
+        clear_padding(panel_weights, panel_bytes);
+      }
+      const std::int64_t column = first * kPanelColumns;
       Gemm gemm = whole;
       gemm.weights = weights;
       gemm.bias = bias_.empty() ? nullptr : bias_.data() + column;
       gemm.out = out + column * static_cast<std::int64_t>(size_of(out_type));
-      gemm.out_features = std::min(kPanelColumns, out_features_ - column);
+      gemm.out_features = std::min((last - first) * kPanelColumns, out_features_ - column);
       const std::int64_t num_parts = (gemm.out_features + kPanelWidth - 1) / kPanelWidth;
       for (std::int64_t row = 0; row < num_rows; row += kernel.rows_per_piece) {
         kernel.compute(gemm, prepared, {row, std::min(row + kernel.rows_per_piece, num_rows)}, {0, num_parts});
