@@ -64,11 +64,12 @@ list(APPEND FOLOVLLM_KERNEL_SOURCES
      quantized_kernel_avx2.cpp
      quantized_kernel_avx512.cpp
      quantized_kernel_avx512_bf16.cpp
+     quantized_kernel_vnni.cpp
      quantized_kernel_amx.cpp)
 list(APPEND FOLOVLLM_TESTS quantized_linear_test)
 # gcc 12 finds its own intrinsics uninitialised (its bug 105593).
 set_source_files_properties(quantized_kernel_avx2.cpp quantized_kernel_avx512.cpp quantized_kernel_avx512_bf16.cpp
-                            PROPERTIES COMPILE_OPTIONS "-Wno-uninitialized;-Wno-maybe-uninitialized")
+                            quantized_kernel_vnni.cpp PROPERTIES COMPILE_OPTIONS "-Wno-uninitialized;-Wno-maybe-uninitialized")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set_source_files_properties(quantized_kernel_amx.cpp PROPERTIES
                               COMPILE_OPTIONS "${FOLOVLLM_GEMM_512_OPTIONS};-mavx512bf16")

@@ -3,7 +3,7 @@
 //   bf16 with matrix tiles: parts of each panel become bf16 integers in the first level cache, for all rows at once,
 //   whose bits do not depend on their number
 //
-//   one row of bf16: as few rows, with additions in an order of its own that is faster
+//   one row of bf16: in integers, where the machine can (quantized_kernel_vnni.cpp)
 //
 //   few rows, or bits that must not depend on their number: each panel is dequantised in registers, again for every
 //   12 rows; weights cross from memory in their packed size
@@ -172,8 +172,10 @@ void QuantizedLinear::forward_packed(const std::byte* x, std::int64_t num_rows, 
                                      std::int64_t out_stride, DType out_type, bool batch_invariant) const {
   const Isa isa = current_isa();
   const bool as_bf16 = dtype_ == DType::kBFloat16 && isa >= Isa::kAvx512Bf16;
-  const bool is_alone = as_bf16 && num_rows == 1 && !batch_invariant;
-  const quantized::PanelKernel kernel = is_alone ? quantized::run_row_avx512_bf16 : panel_kernel(isa, as_bf16);
+  if (as_bf16 && num_rows == 1 && !batch_invariant && quantized::can_split_row(shape_)) {
+    if (forward_alone(x, out, out_type)) return;
+  }
+  const quantized::PanelKernel kernel = panel_kernel(isa, as_bf16);
   const Input input = prepare(x, num_rows, x_stride, as_bf16, true);
   const Rows rows{input.x, input.x_stride, input.sums, num_rows};
   parallel_for(num_panels(), 1, [&](std::int64_t begin, std::int64_t end) {
@@ -184,6 +186,25 @@ void QuantizedLinear::forward_packed(const std::byte* x, std::int64_t num_rows, 
                 [&](auto element) { store<decltype(element)>(sums, index, num_rows, out, out_stride); });
     }
   });
+}
+
+bool QuantizedLinear::forward_alone(const std::byte* x, std::byte* out, DType out_type) const {
+  const Input input = prepare(x, 1, in_features_, true, false);
+  const std::int64_t part_bytes = (in_features_ + 63) / 64 * 64;
+  std::byte* const memory = scratch<Use::kPrepared>(2 * part_bytes + shape_.num_groups * 8);
+  const quantized::SplitRow row{reinterpret_cast<std::int32_t*>(memory),
+                                reinterpret_cast<std::int32_t*>(memory + part_bytes),
+                                reinterpret_cast<float*>(memory + 2 * part_bytes),
+                                reinterpret_cast<std::int32_t*>(memory + 2 * part_bytes + shape_.num_groups * 4)};
+  if (!quantized::split_row(shape_, reinterpret_cast<const std::uint16_t*>(input.x), in_features_, row)) return false;
+  parallel_for(num_panels(), 1, [&](std::int64_t begin, std::int64_t end) {
+    alignas(64) float sums[kPanelColumns];
+    for (std::int64_t index = begin; index < end; ++index) {
+      quantized::run_split_row(shape_, panel(index), row, sums);
+      with_type(out_type, [&](auto element) { store<decltype(element)>(sums, index, 1, out, out_features_); });
+    }
+  });
+  return true;
 }
 
 void QuantizedLinear::forward_dequantized(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride,

@@ -109,72 +109,7 @@ FOLOVLLM_ISA void run_rows(
   }
 }
 
-// One row: each pair of a word has a chain of additions of its own, of which one chain's would wait for each other.
-template <int BITS>
-FOLOVLLM_ISA void run_row(const Shape& shape, const Panel& panel, const Rows& rows, float* out) {
-  constexpr int kVectors = kPanelColumns / kVectorColumns;
-  constexpr int kWordPairs = BITS == 4 ? 4 : 2;
-  constexpr std::int64_t kAhead = 16 * kPanelColumns;  // without it, half as fast from memory
-  const __m512i low = _mm512_load_si512(BITS == 4 ? kInt4Bf16 : kInt8LowBf16);
-  const __m512i high = BITS == 4 ? low : _mm512_load_si512(kInt8HighBf16);
-  __m512 total[kVectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) total[v] = _mm512_setzero_ps();
-  const auto* x = static_cast<const std::byte*>(rows.x);
-  const std::uint32_t* words = panel.weights;
-  for (std::int64_t group = 0; group < shape.num_groups; ++group) {
-    const std::int64_t begin = group * shape.group_words;
-    const std::int64_t end = begin + shape.group_words < shape.num_words ? begin + shape.group_words : shape.num_words;
-    __m512 sums[4][kVectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[j][v] = _mm512_setzero_ps();
-    }
-    for (std::int64_t word = begin; word < end; ++word, words += kPanelColumns, x += kWordPairs * 4) {
-      __m512bh inputs[4];
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        std::int32_t input;
-        __builtin_memcpy(&input, x + (BITS == 4 ? j : j / 2) * 4, sizeof(input));
-        inputs[j] = (__m512bh)_mm512_set1_epi32(input);
-      }
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        _mm_prefetch(words + kAhead + v * kVectorColumns, _MM_HINT_T0);
-        const __m512i packed = _mm512_loadu_si512(words + v * kVectorColumns);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          const __m512i index = j == 0 ? packed : _mm512_srli_epi16(packed, 4 * j);
-          const auto weights = (__m512bh)_mm512_permutexvar_epi16(index, j % 2 == 0 ? low : high);
-          sums[j][v] = _mm512_dpbf16_ps(sums[j][v], weights, inputs[j]);
-        }
-      }
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const std::int64_t index = group * kPanelColumns + v * kVectorColumns;
-      const __m512 scale = Vector::scales(panel.scales + index * scale_bytes(shape.scale_type), shape.scale_type);
-      __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0][v], sums[1][v]), _mm512_add_ps(sums[2][v], sums[3][v]));
-      if (panel.zeros != nullptr) {
-        sum = _mm512_fnmadd_ps(Vector::zeros(panel.zeros + index), _mm512_set1_ps(rows.sums[group]), sum);
-      }
-      total[v] = _mm512_fmadd_ps(sum, scale, total[v]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + v * kVectorColumns, total[v]);
-}
-
 }  // namespace
-
-void run_row_avx512_bf16(const Shape& shape, const Panel& panel, const Rows& rows, float* out) {
-  if (shape.bits == 4) {
-    run_row<4>(shape, panel, rows, out);
-  } else {
-    run_row<8>(shape, panel, rows, out);
-  }
-}
 
 void run_panel_avx512_bf16(const Shape& shape, const Panel& panel, const Rows& rows, float* out) {
   static constexpr KernelsByRows<1, 2, 3, 4, 6, 8, 12> kInt4([]<int ROWS> { return &run_rows<4, ROWS>; });
@@ -191,7 +126,6 @@ void dequantize_avx512_bf16(const Shape& shape, const Panel& panel, std::uint16_
 #else
 
 namespace folovllm::quantized {
-void run_row_avx512_bf16(const Shape&, const Panel&, const Rows&, float*) { __builtin_unreachable(); }
 void run_panel_avx512_bf16(const Shape&, const Panel&, const Rows&, float*) { __builtin_unreachable(); }
 void dequantize_avx512_bf16(const Shape&, const Panel&, std::uint16_t*) { __builtin_unreachable(); }
 }  // namespace folovllm::quantized

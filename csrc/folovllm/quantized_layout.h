@@ -68,8 +68,19 @@ void run_panel_avx2(const Shape& shape, const Panel& panel, const Rows& rows, fl
 void run_panel_avx512(const Shape& shape, const Panel& panel, const Rows& rows, float* out);       // x is fp32
 void run_panel_avx512_bf16(const Shape& shape, const Panel& panel, const Rows& rows, float* out);  // x is bf16
 
-// One row of bf16, whose additions are in another order than those of the kernels above.
-void run_row_avx512_bf16(const Shape& shape, const Panel& panel, const Rows& rows, float* out);
+// One row of bf16 in integers of 16 bits, whose results differ from those above by less than bf16's rounding. Memory for
+// K bytes, rounded up to 16, of each part, and a value per group, is the caller's.
+struct SplitRow {
+  std::int32_t* high;
+  std::int32_t* low;
+  float* scales;
+  std::int32_t* sums;
+};
+// Whether the machine can, and groups are short enough for 32-bit sums.
+bool can_split_row(const Shape& shape);
+// False for a row with infinities or NaN, which integers cannot stand for.
+bool split_row(const Shape& shape, const std::uint16_t* x, std::int64_t depth, const SplitRow& row);
+void run_split_row(const Shape& shape, const Panel& panel, const SplitRow& row, float* out);
 
 // x is what amx_prepare has made of bf16 rows.
 void run_panel_amx(const Shape& shape, const Panel& panel, const Rows& rows, float* out);

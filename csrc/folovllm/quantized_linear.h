@@ -84,6 +84,8 @@ class QuantizedLinear {
                      std::int64_t out_stride, DType out_type) const;
   void forward_packed(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,
                       std::int64_t out_stride, DType out_type, bool batch_invariant) const;
+  // One row, in integers; false, having done nothing, if that cannot be.
+  bool forward_alone(const std::byte* x, std::byte* out, DType out_type) const;
   void forward_dequantized(const std::byte* x, std::int64_t num_rows, std::int64_t x_stride, std::byte* out,
                            std::int64_t out_stride, DType out_type) const;
   void clear_padding(std::byte* weights, std::int64_t panel_bytes) const;
