@@ -24,7 +24,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from flexkv.cache.global_cache_engine import CachePlan, CacheStats, GlobalCacheEngine
+from flexkv.cache.global_cache_engine import GlobalCacheEngine
+from flexkv.cache.plans import CachePlan, CacheStats
 from flexkv.common.block import Namespace, SequenceMeta
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.request import KVResponse

@@ -22,7 +22,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from flexkv.cache.global_cache_engine import CacheLoad, CachePlan, CacheStats, GlobalCacheEngine
+from flexkv.cache.global_cache_engine import GlobalCacheEngine
+from flexkv.cache.loads import CacheLoad
+from flexkv.cache.plans import CachePlan, CacheStats
 from flexkv.common.block import SequenceMeta
 from flexkv.common.request import KVResponse, ResponseStatus, TaskState, next_state
 from flexkv.common.transfer import BlockContent

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flexkv.cache.global_cache_engine import CachePlan, GlobalCacheEngine
+from flexkv.cache.global_cache_engine import GlobalCacheEngine
+from flexkv.cache.plans import CachePlan
 from flexkv.common.block import Namespace, SequenceMeta
 from flexkv.common.config import CacheConfig, CpuTierConfig, EvictionConfig
 from flexkv.common.transfer import TransferType

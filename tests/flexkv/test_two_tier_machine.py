@@ -12,7 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from flexkv.cache.global_cache_engine import CacheLoad, CachePlan, GlobalCacheEngine
+from flexkv.cache.global_cache_engine import GlobalCacheEngine
+from flexkv.cache.loads import CacheLoad
+from flexkv.cache.plans import CachePlan
 from flexkv.common.block import SequenceMeta
 from flexkv.common.config import CacheConfig, CpuTierConfig, EvictionConfig
 from flexkv.common.transfer import TransferOp, TransferOpGraph, TransferType

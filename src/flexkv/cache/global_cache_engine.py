@@ -8,8 +8,7 @@ The life of a plan, and of the blocks it inserts (tier.py):
 
 A plan that is released before its ops ran leaves the indexes as if it had never been made.
 
-A load brings blocks from a lower tier into the CPU tier. It has a life of its own: it begins when a get finds blocks
-that only the lower tier has, serves every get that comes meanwhile, and what it brought stays when they are cancelled.
+What only a lower tier has comes by loads (loads.py), which plans wait for.
 """
 
 from __future__ import annotations
@@ -17,78 +16,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
+from flexkv.cache.loads import CacheLoad, CacheLoads, content_of
+from flexkv.cache.plans import CachePlan, CacheStats, PlanKind
 from flexkv.cache.tier import BlockSpan, Hold, Tier
-from flexkv.cache.transfer_pattern import (
-    add_get,
-    add_put,
-    add_store_on_ssd,
-    add_store_remotely,
-    load_from_remote,
-    load_from_ssd,
-)
+from flexkv.cache.transfer_pattern import add_get, add_put, add_store_on_ssd, add_store_remotely
 from flexkv.common.block import SequenceMeta
 from flexkv.common.config import CacheConfig
-from flexkv.common.transfer import BlockContent, TransferOp, TransferOpGraph
+from flexkv.common.transfer import TransferOp, TransferOpGraph
 from flexkv.errors import CacheStateError, InvalidRequestError
 from kvblocks.events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved, BlockStored
-
-PlanKind = Literal["get", "put"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CachePlan:
-    """What one request will load or store: blocks `[first_block, first_block + num_blocks)` of its sequence.
-
-    Attributes:
-        graph: the copies, their device side not bound yet; None when there is nothing to copy.
-        caller_op_ids: the ops whose end makes the caller's data safe: on the device (get), off the device (put).
-    """
-
-    plan_id: int
-    kind: PlanKind
-    graph: TransferOpGraph | None
-    first_block: int
-    num_blocks: int
-    caller_op_ids: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CacheLoad:
-    """A copy into the CPU tier that is to run at once: a graph of one op."""
-
-    graph: TransferOpGraph
-    op_id: int
-
-
-@dataclass(slots=True)
-class CacheStats:
-    """A snapshot: counters since the start, in blocks unless named otherwise, and the present sizes of the tiers."""
-
-    num_gets: int = 0
-    num_puts: int = 0
-    num_queried: int = 0
-    """Blocks that gets asked for beyond those the device had."""
-    num_hit: int = 0
-    num_loaded: int = 0
-    """Of these, blocks that came, or are on their way, from a lower tier."""
-    num_stored: int = 0
-    num_evicted: int = 0
-    num_failed: int = 0
-    """Removed because a copy into or out of them failed, or because a put was given up."""
-    num_rejected: int = 0
-    """Not stored for lack of room."""
-    num_events_dropped: int = 0
-    num_total_blocks: int = 0
-    num_free_blocks: int = 0
-    num_cached_blocks: int = 0
-    num_in_flight_blocks: int = 0
-    num_ssd_stored: int = 0
-    num_ssd_evicted: int = 0
-    num_ssd_failed: int = 0
-    num_ssd_total_blocks: int = 0
-    num_ssd_cached_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,14 +51,6 @@ class _OpenPlan:
     """A load that it waits for has failed."""
 
 
-@dataclass(slots=True, eq=False)
-class _OpenLoad:
-    cpu: Hold
-    span: BlockSpan
-    source: Hold | None = None
-    """Of the SSD tier, if it comes from there."""
-
-
 class GlobalCacheEngine:
     """The control plane over all tiers. Not thread-safe; never blocks, does no I/O."""
 
@@ -143,10 +72,7 @@ class GlobalCacheEngine:
         self.ssd = Tier(num_ssd_blocks, hash_digest_size, eviction, MEDIUM_STORAGE) if num_ssd_blocks else None
         self._plan_ids = itertools.count(1)
         self._open: dict[int, _OpenPlan] = {}
-        self._loads: dict[int, _OpenLoad] = {}
-        self._loading: dict[bytes, int] = {}
-        """Digest of each block of the CPU tier that a load is bringing -> the load's op."""
-        self._new_loads: list[CacheLoad] = []
+        self._loads = CacheLoads(self._cpu, self.ssd)
         self._stats = CacheStats()
 
     def plan_get(self, sequence: SequenceMeta, first_block: int = 0) -> CachePlan:
@@ -160,7 +86,7 @@ class GlobalCacheEngine:
         self._check(sequence, first_block)
         self._stats.num_gets += 1
         self._stats.num_queried += sequence.num_blocks - first_block
-        self._begin_ssd_load(sequence)
+        self._loads.begin_from_ssd(sequence)
         hold, num_ready = self._hold_servable(sequence)
         num_hit = max(0, hold.num_blocks - first_block)
         self._stats.num_hit += num_hit
@@ -173,7 +99,7 @@ class GlobalCacheEngine:
         loads: frozenset[int] = frozenset()
         if hold.num_blocks > here:
             self._stats.num_loaded += hold.num_blocks - here
-            loads = frozenset(self._loads_of(sequence, here, hold.num_blocks))
+            loads = self._loads.ops_of(sequence, here, hold.num_blocks)
             ops.append(add_get(graph, self._cpu.block_ids(hold, here, hold.num_blocks - here), loads))
         held = _OpenPlan([(self._cpu, hold)], {op.op_id: None for op in ops}, set(loads), first_block)
         return self._open_plan("get", graph, first_block, num_hit, ops, held)
@@ -209,7 +135,7 @@ class GlobalCacheEngine:
             self._add_store(graph, held, self.ssd, hold, num_usable, put)
         if span is not None and put is not None and self._writes_remotely:
             cpu_ids = self._cpu.block_ids(hold, span.first_block, span.num_blocks)
-            held.fills[add_store_remotely(graph, cpu_ids, self._content(sequence, span), put).op_id] = None
+            held.fills[add_store_remotely(graph, cpu_ids, content_of(sequence, span), put).op_id] = None
         if not graph.ops:
             self._cpu.release(hold)
             return self._empty_plan("put", first_block)
@@ -227,7 +153,7 @@ class GlobalCacheEngine:
             InvalidRequestError: the sequence was hashed for another cache.
         """
         self._check(sequence, 0)
-        self._begin_ssd_load(sequence)
+        self._loads.begin_from_ssd(sequence)
         return self._coming(sequence)
 
     def begin_remote_load(self, sequence: SequenceMeta, num_stored: int) -> tuple[frozenset[int], int]:
@@ -235,15 +161,7 @@ class GlobalCacheEngine:
 
         Returns what `plan_prefetch` does.
         """
-        cpu = self._hold_for_load(sequence, num_stored)
-        if cpu is not None:
-            span = self._cpu.extend(cpu, num_stored - cpu.num_blocks)
-            if span is None:
-                self._cpu.release(cpu)
-            else:
-                content = self._content(sequence, span)
-                graph = load_from_remote(self._cpu.block_ids(cpu, span.first_block, span.num_blocks), content)
-                self._open_load(graph, _OpenLoad(cpu, span))
+        self._loads.begin_from_remote(sequence, num_stored)
         return self._coming(sequence)
 
     def num_ready(self, sequence: SequenceMeta) -> int:
@@ -252,36 +170,19 @@ class GlobalCacheEngine:
 
     def take_loads(self) -> list[CacheLoad]:
         """Return the loads begun since the last call; each is to be run, and its end told to `load_finished`."""
-        loads, self._new_loads = self._new_loads, []
-        return loads
+        return self._loads.take()
 
     def load_finished(self, load: CacheLoad, ok: bool, failed: Iterable[int] = (), bad: Iterable[int] = ()) -> None:
-        """Note that a load ended: blocks up to the first of `failed` have arrived, none if it is not ok.
-
-        The lower tier drops the blocks from the first of `bad` on. Plans that wait for blocks which have not arrived
-        are broken from now on.
+        """Note that a load ended (see `CacheLoads.finished`). Plans that wait for what has not arrived are broken now.
 
         Raises:
             CacheStateError: the load has ended before.
         """
-        opened = self._loads.pop(load.op_id, None)
-        if opened is None:
-            raise CacheStateError(f"load {load.op_id} ended twice")
-        span = opened.span
-        for digest in opened.cpu.sequence.block_hashes[span.first_block : span.first_block + span.num_blocks]:
-            del self._loading[digest.tobytes()]
-        num_arrived = min(failed, default=span.num_blocks) if ok else 0
-        first_bad = min(bad, default=None)
-        if self.ssd is not None and opened.source is not None and first_bad is not None:
-            self.ssd.drop(opened.source, span.first_block + first_bad)
-        self._cpu.filled(opened.cpu, span, num_arrived)
+        is_whole = self._loads.finished(load, ok, failed, bad)
         for held in self._open.values():
             if load.op_id in held.loads:
                 held.loads.discard(load.op_id)
-                held.is_broken |= num_arrived < span.num_blocks
-        if self.ssd is not None and opened.source is not None:
-            self.ssd.release(opened.source)
-        self._cpu.release(opened.cpu)
+                held.is_broken |= not is_whole
 
     def is_broken(self, plan: CachePlan) -> bool:
         """Whether a plan waits for blocks that will never come, so that it must not run."""
@@ -371,8 +272,7 @@ class GlobalCacheEngine:
         """
         for tier in self._tiers():
             tier.check_integrity()
-        if len(self._loading) != sum(load.span.num_blocks for load in self._loads.values()):
-            raise CacheStateError("blocks are marked as loading that no load brings")
+        self._loads.check_integrity()
 
     def _tiers(self) -> list[Tier]:
         return [self._cpu] if self.ssd is None else [self._cpu, self.ssd]
@@ -389,69 +289,21 @@ class GlobalCacheEngine:
                 f"first_block={first_block} lies outside the {sequence.num_blocks} full blocks of the sequence"
             )
 
-    # -- loads -----------------------------------------------------------------------------------------------------
-    def _begin_ssd_load(self, sequence: SequenceMeta) -> None:
-        """Bring what the SSD tier has beyond the CPU tier's prefix, as far as there is room."""
-        if self.ssd is None:
-            return
-        # A use of the blocks there even if the CPU tier has them: what is wanted shall stay in both.
-        source = self.ssd.hold(sequence, ready_only=True)
-        cpu = self._hold_for_load(sequence, source.num_blocks)
-        span = self._cpu.extend(cpu, source.num_blocks - cpu.num_blocks) if cpu is not None else None
-        if cpu is None or span is None:
-            if cpu is not None:
-                self._cpu.release(cpu)
-            self.ssd.release(source)
-            return
-        slots = self.ssd.block_ids(source, span.first_block, span.num_blocks)
-        cpu_ids = self._cpu.block_ids(cpu, span.first_block, span.num_blocks)
-        self._open_load(load_from_ssd(slots, cpu_ids, self._content(sequence, span)), _OpenLoad(cpu, span, source))
-
-    def _hold_for_load(self, sequence: SequenceMeta, num_stored: int) -> Hold | None:
-        """Lock what the CPU tier has of a sequence, so that more can be loaded below it; None if there is no need."""
+    def _hold_servable(self, sequence: SequenceMeta) -> tuple[Hold, int]:
+        """Lock what is ready or on its way; returns how much is ready, too."""
+        if not self._loads:
+            hold = self._cpu.hold(sequence, ready_only=True)
+            return hold, hold.num_blocks
         present, ready = self._cpu.match(sequence)
-        # Blocks that a put is bringing cannot be loaded as well; soon they will be there.
-        if num_stored <= present or self._num_loading(sequence, ready, present) < present - ready:
-            return None
-        return self._cpu.hold(sequence, present, ready_only=False)
-
-    def _open_load(self, graph: TransferOpGraph, load: _OpenLoad) -> None:
-        (op_id,) = graph.ops
-        self._loads[op_id] = load
-        first = load.span.first_block
-        for digest in load.cpu.sequence.block_hashes[first : first + load.span.num_blocks]:
-            self._loading[digest.tobytes()] = op_id
-        self._new_loads.append(CacheLoad(graph, op_id))
-
-    def _content(self, sequence: SequenceMeta, span: BlockSpan) -> BlockContent:
-        return BlockContent.of_run(sequence.block_hashes, span.first_block, span.num_blocks, sequence.namespace)
+        num_blocks = ready + self._loads.num_brought(sequence, ready, present)
+        return self._cpu.hold(sequence, num_blocks, ready_only=False), ready
 
     def _coming(self, sequence: SequenceMeta) -> tuple[frozenset[int], int]:
         """The loads that bring parts of a sequence, and how much of it will be ready when they have ended."""
         present, ready = self._cpu.match(sequence)
-        num_blocks = ready + self._num_loading(sequence, ready, present)
-        return frozenset(self._loads_of(sequence, ready, num_blocks)), num_blocks
+        num_blocks = ready + self._loads.num_brought(sequence, ready, present)
+        return self._loads.ops_of(sequence, ready, num_blocks), num_blocks
 
-    def _num_loading(self, sequence: SequenceMeta, first_block: int, end: int) -> int:
-        """How many blocks from `first_block` on, without a gap, loads are bringing."""
-        for i in range(first_block, end):
-            if sequence.block_hashes[i].tobytes() not in self._loading:
-                return i - first_block
-        return end - first_block
-
-    def _loads_of(self, sequence: SequenceMeta, first_block: int, end: int) -> set[int]:
-        return {self._loading[digest.tobytes()] for digest in sequence.block_hashes[first_block:end]}
-
-    def _hold_servable(self, sequence: SequenceMeta) -> tuple[Hold, int]:
-        """Lock what is ready or being loaded; returns how much is ready, too."""
-        if not self._loading:
-            hold = self._cpu.hold(sequence, ready_only=True)
-            return hold, hold.num_blocks
-        present, ready = self._cpu.match(sequence)
-        num_blocks = ready + self._num_loading(sequence, ready, present)
-        return self._cpu.hold(sequence, num_blocks, ready_only=False), ready
-
-    # -- plans -----------------------------------------------------------------------------------------------------
     def _add_store(
         self,
         graph: TransferOpGraph,
@@ -468,7 +320,7 @@ class GlobalCacheEngine:
         if span is None:
             ssd.release(hold)
             return
-        content = self._content(cpu.sequence, span)
+        content = content_of(cpu.sequence, span)
         cpu_ids = self._cpu.block_ids(cpu, first, span.num_blocks)
         op = add_store_on_ssd(graph, cpu_ids, ssd.block_ids(hold, first, span.num_blocks), content, put)
         held.holds.append((ssd, hold))
