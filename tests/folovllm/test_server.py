@@ -498,6 +498,8 @@ def refuses(server: Server) -> bool:
         httpx.get(f"{server.url}/health")
     except httpx.ConnectError:
         return True
+    except httpx.TransportError:  # it was waiting to be accepted when the socket closed
+        return False
     return False
 
 
