@@ -316,7 +316,8 @@ class KVTaskEngine:
                 self._end_load(load, OpResult(load.op_id, False))
 
     def _end_load(self, load: CacheLoad, result: OpResult) -> None:
-        self._cache.load_finished(load, result.ok, result.failed, result.bad)
+        is_memory_lost = bool(result.retired)
+        self._cache.load_finished(load, result.ok, result.failed, result.bad, is_memory_lost=is_memory_lost)
         for prefetch in list(self._prefetches.values()):
             prefetch.task.caller_ops.discard(load.op_id)
             self._end_prefetch_if_done(prefetch)

@@ -172,13 +172,21 @@ class GlobalCacheEngine:
         """Return the loads begun since the last call; each is to be run, and its end told to `load_finished`."""
         return self._loads.take()
 
-    def load_finished(self, load: CacheLoad, ok: bool, failed: Iterable[int] = (), bad: Iterable[int] = ()) -> None:
+    def load_finished(
+        self,
+        load: CacheLoad,
+        ok: bool,
+        failed: Iterable[int] = (),
+        bad: Iterable[int] = (),
+        *,
+        is_memory_lost: bool = False,
+    ) -> None:
         """Note that a load ended (see `CacheLoads.finished`). Plans that wait for what has not arrived are broken now.
 
         Raises:
             CacheStateError: the load has ended before.
         """
-        is_whole = self._loads.finished(load, ok, failed, bad)
+        is_whole = self._loads.finished(load, ok, failed, bad, is_memory_lost=is_memory_lost)
         for held in self._open.values():
             if load.op_id in held.loads:
                 held.loads.discard(load.op_id)

@@ -82,10 +82,19 @@ class CacheLoads:
         loads, self._new = self._new, []
         return loads
 
-    def finished(self, load: CacheLoad, ok: bool, failed: Iterable[int] = (), bad: Iterable[int] = ()) -> bool:
+    def finished(
+        self,
+        load: CacheLoad,
+        ok: bool,
+        failed: Iterable[int] = (),
+        bad: Iterable[int] = (),
+        *,
+        is_memory_lost: bool = False,
+    ) -> bool:
         """Note that a load ended: blocks up to the first of `failed` have arrived, none if it is not ok.
 
-        The SSD tier drops the blocks from the first of `bad` on. Returns whether all blocks have arrived.
+        The SSD tier drops the blocks from the first of `bad` on. With `is_memory_lost` the system may still write into
+        some of the memory: then none of it is used again. Returns whether all blocks have arrived.
 
         Raises:
             CacheStateError: the load has ended before.
@@ -103,7 +112,8 @@ class CacheLoads:
                 self._ssd.drop(opened.source, span.first_block + first_bad)
             self._ssd.release(opened.source)
         self._cpu.filled(opened.cpu, span, num_arrived)
-        self._cpu.release(opened.cpu)
+        if not is_memory_lost:
+            self._cpu.release(opened.cpu)
         return num_arrived == span.num_blocks
 
     def num_brought(self, sequence: SequenceMeta, first_block: int, end: int) -> int:
