@@ -129,16 +129,20 @@ def test_a_load_that_nobody_waits_for_stays_in_memory(tmp_path):
         assert store.manager.stats().num_loaded == num_loaded
 
 
-def test_a_flipped_bit_is_never_served(tmp_path):
-    with open_store(tmp_path) as store:
-        store.put(1, 4)
-        store.put(2, 4)
-    (data,) = tmp_path.glob("blocks-*.bin")
+def flip_a_bit_of_every_slot(directory: Path) -> None:
+    (data,) = directory.glob("blocks-*.bin")
     content = bytearray(data.read_bytes())
     slot_bytes = len(content) // 16
     for slot in range(16):
         content[slot * slot_bytes + 5] ^= 1
     data.write_bytes(content)
+
+
+def test_a_flipped_bit_is_never_served(tmp_path):
+    with open_store(tmp_path) as store:
+        store.put(1, 4)
+        store.put(2, 4)
+    flip_a_bit_of_every_slot(tmp_path)
     with open_store(tmp_path) as store:
         assert store.get(1, 4) == -1, "the blocks were promised, but the load says that they are damaged"
         assert store.get(1, 4) == 0, "and they are not promised again"
@@ -146,6 +150,17 @@ def test_a_flipped_bit_is_never_served(tmp_path):
         store.put(3, 4)
         assert store.get(1, 4) == 4
         store.manager.check_integrity()
+
+
+def test_a_get_whose_load_has_failed_already_fails_at_once(tmp_path):
+    with open_store(tmp_path) as store:
+        store.put(1, 4)
+    flip_a_bit_of_every_slot(tmp_path)
+    with open_store(tmp_path) as store:
+        task, _ = store.manager.get_match(tokens_of(1, 4))
+        assert store.manager.drain()
+        store.manager.launch([task], [slots_of([0, 1, 2, 3])])
+        assert store.manager.try_wait([task])[task].status is ResponseStatus.FAILED
 
 
 def test_the_disk_is_announced_with_its_own_medium(tmp_path):

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flexkv.common.request import ResponseStatus
 from flexkv.errors import FlexKVError
 from flexkv.integration.config import ResolvedConfig
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadSpec
@@ -193,6 +194,9 @@ class SchedulerConnector:
             logger.warning("load not launched task_id=%d error=%s", match.task_id, error)
             self.store.cancel([match.task_id])
             return None
+        answer = self.store.try_wait([match.task_id]).get(match.task_id)
+        if answer is not None and answer.status is ResponseStatus.FAILED:
+            return None  # what it waited for could not be read: the worker half would wait for nothing
         return match.task_id
 
     def _put(self, request: Any, block_ids: list[int]) -> int | None:
